@@ -1,0 +1,51 @@
+"""Which parts of the model train: adapter (R1V2's choice), llm, vision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+PARTS = ("adapter", "llm", "vision")
+
+
+def part_of(name: str) -> str:
+    """The part a parameter belongs to, by its name in `InternVLForConditionalGeneration` or `InternVLModel`."""
+    if "vision_tower." in name:
+        return "vision"
+    if "multi_modal_projector." in name:
+        return "adapter"
+    return "llm"
+
+
+def set_trainable(model: nn.Module, parts: Iterable[str]) -> list[nn.Parameter]:
+    """Freeze everything but `parts`; return the parameters that train. Raises ValueError on an unknown part."""
+    wanted = set(parts)
+    if unknown := wanted - set(PARTS):
+        raise ValueError(f"parts to train must be among {PARTS}, got {sorted(unknown)}")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part_of(name) in wanted)
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def snapshot(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
+    """A copy of the values: with the adapter alone training, this is the whole reference model."""
+    return [parameter.detach().clone() for parameter in parameters]
+
+
+@contextmanager
+def swapped(parameters: list[nn.Parameter], values: list[torch.Tensor]) -> Iterator[None]:
+    """Inside, `parameters` hold `values`; outside they hold their own again. Pointers move, nothing is copied."""
+
+    def swap() -> None:
+        for index, parameter in enumerate(parameters):
+            parameter.data, values[index] = values[index], parameter.data
+
+    assert len(parameters) == len(values), f"{len(parameters)} parameters, {len(values)} values"
+    swap()
+    try:
+        yield
+    finally:
+        swap()

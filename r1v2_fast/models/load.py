@@ -1,0 +1,74 @@
+"""A model with its tokenizer and image processor, from a preset or from any local InternVL-family folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import AutoTokenizer, InternVLForConditionalGeneration
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+from r1v2_fast.models import presets, toy_tokenizer
+
+IMAGENET_MEAN = [0.485, 0.456, 0.406]
+IMAGENET_STD = [0.229, 0.224, 0.225]
+
+
+class Loaded(NamedTuple):
+    model: InternVLForConditionalGeneration
+    tokenizer: object
+    image_processor: GotOcr2ImageProcessorPil
+
+
+def from_preset(name: str, *, words: list[str], seed: int, dtype: torch.dtype = torch.float32) -> Loaded:
+    """A freshly initialised model. Only the toy has a tokenizer of its own; `r1v2-38b` needs a checkpoint's folder."""
+    if name == "r1v2-38b":
+        raise ValueError("preset r1v2-38b has no weights or tokenizer of its own: give model.path, a local folder")
+    if name != "digits":
+        raise ValueError(f"model.preset must be one of {presets.NAMES}, got {name!r}")
+    tokenizer = toy_tokenizer.build(words)
+    config = presets.digits(len(tokenizer), tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"))
+    config.text_config.eos_token_id = tokenizer.eos_token_id
+    config.text_config.pad_token_id = tokenizer.pad_token_id
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = InternVLForConditionalGeneration(config).to(dtype)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    side = config.vision_config.image_size[0]
+    processor = GotOcr2ImageProcessorPil(
+        size={"height": side, "width": side}, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD, crop_to_patches=False
+    )
+    return Loaded(model.eval(), tokenizer, processor)
+
+
+def from_folder(path: str | Path, *, dtype: torch.dtype | str = "auto") -> Loaded:
+    """Any local InternVL-family folder in Hugging Face format; nothing is downloaded and no remote code runs."""
+    path = Path(path)
+    if not (path / "config.json").is_file():
+        raise ValueError(f"model.path must be a local Hugging Face folder with config.json, got {str(path)!r}")
+    model = InternVLForConditionalGeneration.from_pretrained(path, dtype=dtype, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    processor = GotOcr2ImageProcessorPil.from_pretrained(path, local_files_only=True)
+    check_image_token(model.config, tokenizer)
+    return Loaded(model.eval(), tokenizer, processor)
+
+
+def save_folder(path: str | Path, loaded: Loaded) -> None:
+    """The Hugging Face folder that `from_folder` and `AutoModelForImageTextToText` read."""
+    loaded.model.save_pretrained(path)
+    loaded.tokenizer.save_pretrained(path)  # type: ignore[attr-defined]
+    loaded.image_processor.save_pretrained(path)
+
+
+def check_image_token(config, tokenizer) -> None:
+    """The config's image token must be the tokenizer's, or features would land on words."""
+    token = context_token(tokenizer)
+    got = tokenizer.convert_tokens_to_ids(token)
+    if got != config.image_token_id:
+        raise ValueError(f"image_token_id in config.json is {config.image_token_id}, the tokenizer's {token} is {got}")
+
+
+def context_token(tokenizer) -> str:
+    return getattr(tokenizer, "context_image_token", None) or toy_tokenizer.IMAGE_TOKENS["context_image_token"]
