@@ -1,0 +1,1 @@
+"""Records, images, collation, and the digits dataset."""

@@ -1,0 +1,111 @@
+"""Tokens: a record's prompt with its images expanded, and sequences padded into a batch.
+
+B sequences, L padded length, N response tokens of the batch. Prompts are padded on the left and responses on the
+right, so that every prompt ends in the same column, in rollout and in training alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from r1v2_fast.data.records import MARK, Record
+
+TOKENS = {"start_image_token": "<img>", "context_image_token": "<IMG_CONTEXT>", "end_image_token": "</img>"}
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """A prompt and one response to it, unpadded."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    image_keys: list[str]
+
+
+@dataclass(frozen=True)
+class Batch:
+    input_ids: torch.Tensor  # [B, L] int64
+    attention_mask: torch.Tensor  # [B, L] int64
+    response_mask: torch.Tensor  # [B, L] bool, True at response tokens
+    image_keys: list[list[str]]
+
+    @property
+    def positions(self) -> torch.Tensor:
+        return (self.attention_mask.cumsum(1) - 1).clamp(min=0)
+
+    @property
+    def offsets(self) -> torch.Tensor:
+        """[B + 1]: response tokens packed row by row."""
+        lengths = self.response_mask.sum(1)
+        return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+
+    def to(self, device: torch.device | str) -> Batch:
+        tensors = (self.input_ids, self.attention_mask, self.response_mask)
+        return Batch(*(tensor.to(device) for tensor in tensors), self.image_keys)
+
+
+def collate(sequences: list[Sequence], pad_id: int) -> Batch:
+    left = max(len(s.prompt_ids) for s in sequences)
+    length = left + max(len(s.response_ids) for s in sequences)
+    input_ids = torch.full((len(sequences), length), pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    response_mask = torch.zeros_like(input_ids, dtype=torch.bool)
+    for row, s in enumerate(sequences):
+        start, end = left - len(s.prompt_ids), left + len(s.response_ids)
+        input_ids[row, start:end] = torch.tensor(s.prompt_ids + s.response_ids)
+        attention_mask[row, start:end] = 1
+        response_mask[row, left:end] = True
+    return Batch(input_ids, attention_mask, response_mask, [s.image_keys for s in sequences])
+
+
+class PromptEncoder:
+    """Records to token ids through the tokenizer's chat template, image marks expanded to image tokens."""
+
+    def __init__(self, tokenizer, image_tokens_per_tile: int):
+        self.tokenizer = tokenizer
+        self.image_tokens_per_tile = image_tokens_per_tile
+        self.start, self.context, self.end = (getattr(tokenizer, name, None) or token for name, token in TOKENS.items())
+
+    def encode(self, record: Record, tiles: list[int]) -> list[int]:
+        """Prompt ids up to where the assistant speaks; `tiles[i]` is how many tiles image i was cut into."""
+        text = self.tokenizer.apply_chat_template(messages(record.prompt), tokenize=False, add_generation_prompt=True)
+        text = text.replace(f"{self.start}{self.context}{self.end}", self.context)
+        pieces = text.split(self.context)
+        if len(pieces) - 1 != len(tiles):
+            raise ValueError(
+                f"{record.where}: the templated prompt holds {len(pieces) - 1} image placeholders, "
+                f"the record has {len(tiles)} images"
+            )
+        expanded = pieces[0]
+        for count, piece in zip(tiles, pieces[1:], strict=True):
+            expanded += f"{self.start}{self.context * (count * self.image_tokens_per_tile)}{self.end}{piece}"
+        return self.tokenizer(expanded, add_special_tokens=False)["input_ids"]
+
+    def response(self, text: str) -> list[int]:
+        """A response's ids, with the end-of-sequence token the policy must learn to write."""
+        return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id]
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def messages(prompt: str | list[dict]) -> list[dict]:
+    """A string prompt is one user message; `<image>` marks in any string content become image parts."""
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    return [{**m, "content": _parts(m["content"]) if isinstance(m["content"], str) else m["content"]} for m in prompt]
+
+
+def _parts(text: str) -> str | list[dict]:
+    if MARK not in text:
+        return text
+    first, *rest = text.split(MARK)
+    parts: list[dict] = [{"type": "text", "text": first}] if first else []
+    for piece in rest:
+        parts.append({"type": "image"})
+        piece = piece.removeprefix("\n")  # the template writes its own line break behind an image
+        if piece:
+            parts.append({"type": "text", "text": piece})
+    return parts

@@ -1,0 +1,82 @@
+"""Images: opened with checks, cut into tiles by transformers' PIL image processor, kept as pixels by key."""
+
+from __future__ import annotations
+
+import io
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from PIL import Image, UnidentifiedImageError
+
+MAX_PIXELS = 89_478_485  # Pillow's own limit; beyond it a small file is a decompression bomb
+
+
+def open_image(
+    source: str | bytes, *, root: Path, allow_outside: bool = False, where: str = "", max_pixels: int = MAX_PIXELS
+) -> Image.Image:
+    """A path below `root`, or bytes, as an RGB picture.
+
+    raises  ValueError that starts with `where`: missing, outside the root, not an image, truncated, too many pixels
+    """
+    stream: Path | io.BytesIO
+    if isinstance(source, bytes):
+        stream, name = io.BytesIO(source), f"{len(source)} bytes"
+    else:
+        stream = (root / source).resolve()
+        name = str(source)
+        if not allow_outside and not stream.is_relative_to(root.resolve()):
+            raise ValueError(f"{where}, field 'images': {name!r} leaves the data root {root}; allow_outside lets it")
+        if not stream.is_file():
+            raise ValueError(f"{where}, field 'images': no such file {name!r} below {root}")
+    try:
+        with Image.open(stream) as picture:
+            if (pixels := picture.width * picture.height) > max_pixels:
+                raise ValueError(f"{where}, field 'images': {name!r} has {pixels} pixels, at most {max_pixels} allowed")
+            return picture.convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{where}, field 'images': cannot read {name!r}: {error}") from error
+
+
+class ImageStore:
+    """Image key -> pixel tiles [T, 3, H, W], least recently used out first once `cache_bytes` are held.
+
+    Tiles follow the processor: dynamic tiling with a thumbnail where its `crop_to_patches` is set, else one tile.
+    """
+
+    def __init__(self, load: Callable[[str], Image.Image], processor, *, max_tiles: int = 12, cache_bytes: int = 1 << 28):
+        self.load = load
+        self.processor = processor
+        self.max_tiles = max_tiles
+        self.cache_bytes = cache_bytes
+        self._bytes = 0
+        self._held: OrderedDict[str, torch.Tensor] = OrderedDict()
+
+    def __call__(self, keys: list[str]) -> list[torch.Tensor]:
+        """Pixels of `keys` in order; those not held are processed in one batch."""
+        found = {key: self._held[key] for key in keys if key in self._held}
+        for key in found:
+            self._held.move_to_end(key)
+        missing = [key for key in dict.fromkeys(keys) if key not in found]
+        if missing:
+            for key, pixels in zip(missing, self._process(missing), strict=True):
+                found[key] = pixels
+                self._put(key, pixels)
+        return [found[key] for key in keys]
+
+    def tiles(self, keys: list[str]) -> list[int]:
+        return [pixels.shape[0] for pixels in self(keys)]
+
+    def _process(self, keys: list[str]) -> list[torch.Tensor]:
+        output = self.processor(
+            [self.load(key) for key in keys], max_patches=self.max_tiles, return_tensors="pt", input_data_format=None
+        )
+        counts = [int(count) for count in output["num_patches"]]
+        return [tiles.clone() for tiles in output["pixel_values"].split(counts)]
+
+    def _put(self, key: str, pixels: torch.Tensor) -> None:
+        self._held[key] = pixels
+        self._bytes += pixels.nbytes
+        while self._bytes > self.cache_bytes and len(self._held) > 1:
+            self._bytes -= self._held.popitem(last=False)[1].nbytes

@@ -1,0 +1,39 @@
+"""Hallucination in the digits recipe: a digit in the thought that is not in the picture."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from r1v2_fast.judge.rules import thought
+
+EMPTY = "_"
+
+
+def hallucinated(completion: str, digits: str) -> bool:
+    """True if the thought names a digit that the picture lacks, or any digit where a half is empty.
+
+    `digits` are the picture's left and right half, such as "3 8" or "3 _".
+    """
+    said = thought(completion).split()
+    claimed = Counter(character for slot in said for character in slot if character.isdigit())
+    seen = Counter(digits.replace(EMPTY, "").split())
+    if claimed - seen:
+        return True
+    halves = digits.split()
+    return any(
+        half == EMPTY and any(map(str.isdigit, slot)) for half, slot in zip(halves, said, strict=False)
+    )
+
+
+def rates(completions: list[str], digits: list[str], right: list[bool]) -> dict[str, float]:
+    """Share of hallucinating completions: of all, of those with a right and of those with a wrong answer."""
+    flags = [hallucinated(c, d) for c, d in zip(completions, digits, strict=True)]
+
+    def share(picked: list[bool]) -> float:
+        return sum(picked) / len(picked) if picked else float("nan")
+
+    return {
+        "hallucination": share(flags),
+        "hallucination/right": share([f for f, r in zip(flags, right, strict=True) if r]),
+        "hallucination/wrong": share([f for f, r in zip(flags, right, strict=True) if not r]),
+    }

@@ -1,0 +1,49 @@
+"""Rule and format rewards, in TRL's calling convention: f(prompts, completions, **columns) -> one float a completion."""
+
+from __future__ import annotations
+
+import re
+
+_THINK = re.compile(r"<think>(?P<think>.*?)</think>(?P<answer>.*)", re.DOTALL)
+
+
+def final_answer(completion: str) -> str:
+    """What stands behind the last `</think>`, stripped; all of it where there is no tag."""
+    return completion.rsplit("</think>", 1)[-1].strip()
+
+
+def thought(completion: str) -> str:
+    """What stands in the first `<think>` block; empty where there is none."""
+    match = _THINK.search(completion)
+    return match["think"].strip() if match else ""
+
+
+def exact_match(prompts: list[str], completions: list[str], *, answer: list[str], **columns) -> list[float]:
+    """1 where the final answer is the record's answer to the letter, else 0."""
+    return [float(final_answer(c) == a.strip()) for c, a in zip(completions, answer, strict=True)]
+
+
+def math_answer(prompts: list[str], completions: list[str], *, answer: list[str], **columns) -> list[float]:
+    """1 where the final answer equals the record's as mathematics (math-verify), else 0."""
+    from math_verify import parse, verify
+
+    def right(completion: str, gold: str) -> bool:
+        said = final_answer(completion)
+        # the answer may be bare ("1/2") or boxed; math-verify reads LaTeX between dollar signs
+        return said == gold.strip() or any(
+            verify(parse(f"${gold}$"), parse(text)) for text in (said, f"${said}$") if text.strip("$")
+        )
+
+    return [float(right(c, a)) for c, a in zip(completions, answer, strict=True)]
+
+
+def think_format(prompts: list[str], completions: list[str], **columns) -> list[float]:
+    """1 where a completion is one `<think>...</think>` block and an answer, neither of them empty, else 0."""
+
+    def formed(completion: str) -> bool:
+        if completion.count("<think>") != 1 or completion.count("</think>") != 1:
+            return False
+        match = _THINK.fullmatch(completion.strip())
+        return bool(match and match["think"].strip() and match["answer"].strip())
+
+    return [float(formed(completion)) for completion in completions]

@@ -1,0 +1,64 @@
+"""A reward model: the policy's backbone with a scalar head read at the last token (Skywork-VL Reward, 2505.07263)."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import InternVLModel
+
+from r1v2_fast.models import freeze
+from r1v2_fast.models.policy import Backbone, Pixels, Policy
+from r1v2_fast.models.vision import FeatureCache
+
+HEAD_FILE = "value_head.safetensors"  # the released reward model's own file and tensor names
+HEAD_NAMES = {"weight": "v_head.summary.weight", "bias": "v_head.summary.bias"}
+
+
+class RewardModel(Backbone):
+    """Scores a prompt and its response with one unbounded number, trained by Bradley-Terry pairs."""
+
+    def __init__(self, internvl, head: nn.Linear, pixels: Pixels, features: FeatureCache):
+        super().__init__(internvl, pixels, features)
+        self.head = head
+        self.parameters: list[nn.Parameter] = []
+
+    @classmethod
+    def from_policy(cls, policy: Policy) -> RewardModel:
+        """A copy of the policy's backbone, its frozen vision tower shared, with a head that starts at zero."""
+        assert policy.vision_frozen, "the tower is shared, so it must not train"
+        with torch.no_grad():
+            internvl = copy.deepcopy(policy.internvl, {id(policy.internvl.vision_tower): policy.internvl.vision_tower})
+        head = nn.Linear(internvl.language_model.config.hidden_size, 1).to(internvl.device, internvl.dtype)
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+        return cls(internvl, head, policy.pixels, policy.features)
+
+    def train_parts(self, parts: list[str]) -> None:
+        self.parameters = [*freeze.set_trainable(self.internvl, parts), *self.head.parameters()]
+
+    def scores(self, batch) -> torch.Tensor:
+        """Score of every row, [B]: the head at its last token."""
+        hidden = self.hidden(batch)
+        columns = torch.arange(batch.input_ids.shape[1], device=hidden.device)
+        last = (columns * batch.attention_mask).argmax(1)
+        return self.head(hidden[torch.arange(len(last), device=hidden.device), last]).squeeze(-1).float()
+
+    def save(self, path: str | Path) -> None:
+        self.internvl.save_pretrained(path)
+        tensors = {name: getattr(self.head, part).detach().contiguous() for part, name in HEAD_NAMES.items()}
+        save_file(tensors, str(Path(path) / HEAD_FILE), metadata={"source": json.dumps("r1v2_fast")})
+
+    @classmethod
+    def load(cls, path: str | Path, pixels: Pixels, *, device: torch.device) -> RewardModel:
+        internvl = InternVLModel.from_pretrained(path, local_files_only=True).to(device)
+        head = nn.Linear(internvl.language_model.config.hidden_size, 1).to(device, internvl.dtype)
+        tensors = load_file(str(Path(path) / HEAD_FILE), device=str(device))
+        head.load_state_dict({part: tensors[name] for part, name in HEAD_NAMES.items()})
+        for parameter in (*internvl.parameters(), *head.parameters()):
+            parameter.requires_grad_(False)
+        return cls(internvl.eval(), head, pixels, FeatureCache())

@@ -1,0 +1,1 @@
+"""The lean loop: config, rollout, stages, checkpoints, log, evaluation."""

@@ -1,0 +1,113 @@
+"""What the stages of a run share: recipe, folder, data, models, log, and random numbers that need no state."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from r1v2_fast.data import digits
+from r1v2_fast.data.collate import Batch, PromptEncoder, Sequence, collate
+from r1v2_fast.data.images import ImageStore
+from r1v2_fast.data.records import Dataset, Record
+from r1v2_fast.models import load
+from r1v2_fast.models.policy import Policy
+from r1v2_fast.models.reward_model import RewardModel
+from r1v2_fast.models.vision import FeatureCache
+from r1v2_fast.train.config import Recipe
+from r1v2_fast.train.log import Log
+from r1v2_fast.train.rollout import Prompt
+
+
+class Corpus:
+    """The record files of a run, read once each, and the images behind their keys."""
+
+    def __init__(self, folder: Path, *, root: str | None = None, allow_outside: bool = False):
+        self.folder = folder
+        self.root = root
+        self.allow_outside = allow_outside
+        self._datasets: dict[str, Dataset] = {}
+
+    def dataset(self, file: str) -> Dataset:
+        path = self.folder / file
+        dataset = self._datasets.get(path.stem)
+        if dataset is None:
+            dataset = Dataset(path, root=self.root, allow_outside=self.allow_outside)
+            self._datasets[path.stem] = dataset
+        elif dataset.path != path:
+            raise ValueError(f"data files need distinct names, got {dataset.path} and {path}")
+        return dataset
+
+    def image(self, key: str) -> Image.Image:
+        return self._datasets[key.split("/", 1)[0]].image(key)
+
+
+class Reader:
+    """Records to prompts and batches, for one model's tokenizer and image processor."""
+
+    def __init__(self, corpus: Corpus, loaded: load.Loaded, *, max_tiles: int):
+        self.corpus = corpus
+        self.pixels = ImageStore(corpus.image, loaded.image_processor, max_tiles=max_tiles)
+        self.encoder = PromptEncoder(loaded.tokenizer, loaded.model.config.image_seq_length)
+        self.pad_id = loaded.tokenizer.pad_token_id
+
+    def prompt(self, dataset: Dataset, record: Record) -> Prompt:
+        keys = dataset.image_keys(record)
+        return Prompt(record.id, self.encoder.encode(record, self.pixels.tiles(keys)), keys)
+
+    def prompts(self, dataset: Dataset, records: list[Record]) -> list[Prompt]:
+        self.pixels([key for record in records for key in dataset.image_keys(record)])  # one batch, then hits
+        return [self.prompt(dataset, record) for record in records]
+
+    def batch(self, sequences: list[Sequence], device: torch.device | str) -> Batch:
+        return collate(sequences, self.pad_id).to(device)
+
+
+class Context:
+    """One run."""
+
+    def __init__(self, recipe: Recipe, folder: Path, log: Log):
+        self.recipe = recipe
+        self.folder = folder
+        self.log = log
+        self.device = pick_device(recipe.run.device)
+        data_folder = Path(recipe.data.folder)
+        if recipe.data.make == "digits":
+            data_folder = folder / data_folder
+            digits.write(data_folder, seed=recipe.run.seed, sizes=recipe.data.sizes)
+        self.corpus = Corpus(data_folder, root=recipe.data.root, allow_outside=recipe.data.allow_outside)
+        self.policy: Policy
+        self.reader: Reader
+        self.reward_model: RewardModel | None = None
+
+    def use(self, loaded: load.Loaded) -> None:
+        """Make `loaded` the policy of what follows."""
+        loaded.model.to(self.device)
+        self.reader = Reader(self.corpus, loaded, max_tiles=self.recipe.data.max_tiles)
+        self.policy = Policy(loaded, self.reader.pixels, FeatureCache())
+
+    def initial(self) -> load.Loaded:
+        """The model the recipe starts from."""
+        model = self.recipe.model
+        dtype = getattr(torch, model.dtype)
+        if model.path is not None:
+            return load.from_folder(model.path, dtype=dtype)
+        assert model.preset is not None
+        return load.from_preset(model.preset, words=digits.WORDS, seed=self.recipe.run.seed, dtype=dtype)
+
+    def generator(self, stage: str, step: int) -> torch.Generator:
+        """Random numbers of one step, a pure function of (seed, stage, step): a resume restores no state."""
+        key = f"{self.recipe.run.seed}/{stage}/{step}".encode()
+        seed = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
+        return torch.Generator(self.device).manual_seed(seed)
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"run.device={name} needs a CUDA device and driver, none found; run.device=cpu works")
+    return device
