@@ -25,6 +25,11 @@ def hallucinated(completion: str, digits: str) -> bool:
     )
 
 
+def faithful(prompts: list[str], completions: list[str], *, digits: list[str], **columns) -> list[float]:
+    """1 where the thought names nothing that is not in the picture, else 0: a labeller's judgement."""
+    return [float(not hallucinated(c, d)) for c, d in zip(completions, digits, strict=True)]
+
+
 def rates(completions: list[str], digits: list[str], right: list[bool]) -> dict[str, float]:
     """Share of hallucinating completions: of all, of those with a right and of those with a wrong answer."""
     flags = [hallucinated(c, d) for c, d in zip(completions, digits, strict=True)]

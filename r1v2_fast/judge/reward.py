@@ -7,13 +7,14 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from r1v2_fast.judge import rules
+from r1v2_fast.judge import hallucination, rules
 
 RewardFunction = Callable[..., list[float]]
 BUILT_IN: dict[str, RewardFunction] = {
     "exact_match": rules.exact_match,
     "math_answer": rules.math_answer,
     "think_format": rules.think_format,
+    "faithful": hallucination.faithful,
 }
 
 

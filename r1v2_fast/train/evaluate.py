@@ -1,0 +1,50 @@
+"""Evaluation: greedy answers to held-out records, the share that is right, and hallucination where it can be told."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from r1v2_fast.data.records import Dataset
+from r1v2_fast.judge import hallucination
+from r1v2_fast.judge.reward import load_reward, score
+from r1v2_fast.judge.rules import think_format
+from r1v2_fast.models.policy import Policy
+from r1v2_fast.train.config import Evaluation
+from r1v2_fast.train.context import Reader
+from r1v2_fast.train.rollout import rollout
+
+
+class Result(NamedTuple):
+    metrics: dict[str, float]
+    completions: list[str]
+    right: list[bool]
+
+
+@torch.no_grad()
+def evaluate(policy: Policy, reader: Reader, dataset: Dataset, config: Evaluation, *, records: int | None = None) -> Result:
+    """accuracy and format; hallucination, overall and among right and wrong answers, for records with `digits`."""
+    chosen = dataset.records[:records]
+    completions: list[str] = []
+    for start in range(0, len(chosen), config.batch_size):
+        prompts = reader.prompts(dataset, chosen[start : start + config.batch_size])
+        responses = rollout(
+            policy, prompts, group_size=1, max_new_tokens=config.max_new_tokens, temperature=0.0
+        )
+        completions += [reader.encoder.decode(response.ids) for response in responses]
+    columns = {"answer": [record.answer for record in chosen]}
+    for name in chosen[0].columns:
+        columns[name] = [record.columns.get(name) for record in chosen]
+    prompts_text = [r.prompt if isinstance(r.prompt, str) else str(r.prompt) for r in chosen]
+    ids = [record.id for record in chosen]
+    scores = score(config.score, load_reward(config.score), prompts_text, completions, columns, ids)
+    right = [value >= 1.0 for value in scores]
+    metrics = {
+        "accuracy": sum(right) / len(right),
+        "format": sum(think_format(prompts_text, completions)) / len(right),
+        "records": float(len(right)),
+    }
+    if all(isinstance(record.columns.get("digits"), str) for record in chosen):
+        metrics |= hallucination.rates(completions, [record.columns["digits"] for record in chosen], right)
+    return Result(metrics, completions, right)
