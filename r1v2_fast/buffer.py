@@ -80,9 +80,7 @@ class SelectiveSampleBuffer:
         }
         return drawn
 
-    def push(
-        self, samples: list[dict[str, Any]], advantages: torch.Tensor, offsets: torch.Tensor, step: int
-    ) -> None:
+    def push(self, samples: list[dict[str, Any]], advantages: torch.Tensor, offsets: torch.Tensor, step: int) -> None:
         """Store this step's informative units; group g is samples[offsets[g]:offsets[g + 1]].
 
         raises  ValueError where counts disagree, an advantage is not finite, or a sample holds what cannot be saved
@@ -138,7 +136,9 @@ class SelectiveSampleBuffer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         meta = state["meta"]
         if meta["granularity"] != self.granularity:
-            raise ValueError(f"the state holds units of a {meta['granularity']}, this buffer's are of a {self.granularity}")
+            raise ValueError(
+                f"the state holds units of a {meta['granularity']}, this buffer's are of a {self.granularity}"
+            )
         self._units.clear()
         tensors: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
         for key, value in state.items():

@@ -70,7 +70,9 @@ def test_values_and_gradients_follow_the_relative_rule(dtype, name, entropy_grad
         assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert_as_accurate(value, plain[field], truth[field].detach(), field)
     assert torch.equal(ours.is_top1[truth["is_top1"]], truth["is_top1"][truth["is_top1"]])
-    for grad, plain_grad, truth_grad, what in zip(grads, plain_grads, truth_grads, ("hidden", "weight", "bias"), strict=True):
+    for grad, plain_grad, truth_grad, what in zip(
+        grads, plain_grads, truth_grads, ("hidden", "weight", "bias"), strict=True
+    ):
         assert_as_accurate(grad, plain_grad, truth_grad, f"gradient of {what}")
 
 
@@ -80,7 +82,9 @@ def test_the_reference_passes_gradcheck_in_fp64():
     leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
 
     def function(h, w, b):
-        out = reference.linear_logprobs(h, w, targets, bias=b, softcap=3.0, temperature=0.8, forbidden=torch.tensor([10]))
+        out = reference.linear_logprobs(
+            h, w, targets, bias=b, softcap=3.0, temperature=0.8, forbidden=torch.tensor([10])
+        )
         return out["logprobs"], out["entropy"]
 
     assert torch.autograd.gradcheck(function, leaves)
@@ -125,7 +129,9 @@ def test_near_certainty_the_log_prob_and_its_gradient_keep_their_relative_precis
     hidden.requires_grad_()
     out = linear_logprobs(hidden, weight, torch.tensor([3])).logprobs
     out.sum().backward()
-    truth = torch.log1p(-49 * torch.exp(torch.tensor(-25.0).double()) / (1 + 49 * torch.exp(torch.tensor(-25.0).double())))
+    truth = torch.log1p(
+        -49 * torch.exp(torch.tensor(-25.0).double()) / (1 + 49 * torch.exp(torch.tensor(-25.0).double()))
+    )
     gradient = 25 * (49 * torch.exp(torch.tensor(-25.0).double()))
     assert abs(out.item() - truth.item()) <= 1e-6 * abs(truth.item())
     assert abs(hidden.grad[0, 0].item() - gradient.item()) <= 1e-6 * gradient.item()
@@ -165,7 +171,9 @@ def test_leading_dimensions_and_strides_do_not_matter():
 
 def test_the_same_call_gives_the_same_bits():
     hidden, weight, _, targets, _ = inputs(300, 32, 4000)
-    assert torch.equal(linear_logprobs(hidden, weight, targets).logprobs, linear_logprobs(hidden, weight, targets).logprobs)
+    assert torch.equal(
+        linear_logprobs(hidden, weight, targets).logprobs, linear_logprobs(hidden, weight, targets).logprobs
+    )
 
 
 def test_the_row_pass_gives_the_same_bits_for_any_split():
@@ -173,7 +181,9 @@ def test_the_row_pass_gives_the_same_bits_for_any_split():
     logits, targets = torch.randn(7, 5000, generator=g) * 5, torch.randint(0, 5000, (7,), generator=g)
     whole = logprobs_from_logits(logits, targets, outputs=("log_sum_sq_probs",))
     for split in (1, 2, 3):
-        parts = [logprobs_from_logits(a, b).logprobs for a, b in zip(logits.split(split), targets.split(split), strict=True)]
+        parts = [
+            logprobs_from_logits(a, b).logprobs for a, b in zip(logits.split(split), targets.split(split), strict=True)
+        ]
         assert torch.equal(torch.cat(parts), whole.logprobs)
 
 
@@ -279,7 +289,11 @@ def test_wrong_arguments_say_what_was_expected_and_what_came(change, message):
 
 @settings(deadline=None, max_examples=30)
 @given(
-    n=st.integers(0, 9), h=st.integers(1, 9), v=st.integers(2, 40), seed=st.integers(0, 999), scale=st.sampled_from([0.1, 1, 30])
+    n=st.integers(0, 9),
+    h=st.integers(1, 9),
+    v=st.integers(2, 40),
+    seed=st.integers(0, 999),
+    scale=st.sampled_from([0.1, 1, 30]),
 )
 def test_any_shape_and_scale_follows_the_relative_rule(n, h, v, seed, scale):
     g = torch.Generator().manual_seed(seed)

@@ -44,6 +44,12 @@ def low_contrast(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.clip(0.65 * picture + 0.35 * (1 - picture) + rng.normal(0, 0.1, picture.shape), 0, 1)
 
 
+def varied_light(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Clean pictures as scanners differ: contrast 0.6 to 1 about mid grey, noise up to 0.05."""
+    contrast, noise = rng.uniform(0.6, 1.0), rng.uniform(0.0, 0.05)
+    return np.clip(0.5 + contrast * (picture - 0.5) + rng.normal(0, noise, picture.shape), 0, 1)
+
+
 def write(folder: str | Path, *, seed: int, sizes: dict[str, int] | None = None) -> None:
     """Write align, policy, reward (parquet, bytes inside) and heldout_clean, heldout_low_contrast (jsonl, PNG files).
 
@@ -58,21 +64,21 @@ def write(folder: str | Path, *, seed: int, sizes: dict[str, int] | None = None)
         raise ValueError(f"{folder} holds digits of another seed or size; remove it or choose another folder")
     scans, labels = _scans()
     order = np.random.default_rng([seed, 0]).permutation(len(scans))
-    held_out, reward, train = np.split(order, [len(order) // 4, len(order) // 4 + len(order) // 5])
+    held_out, reward, train = np.split(order, [len(order) // 5, len(order) * 3 // 10])
     temporary = folder.with_name(folder.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     (temporary / "images").mkdir(parents=True)
-    plan = [("align", train, False), ("policy", train, True), ("reward", reward, True)]
-    for index, (name, pool, low) in enumerate(plan):
+    plan = [("align", train, varied_light), ("policy", train, low_contrast), ("reward", reward, low_contrast)]
+    for index, (name, pool, light) in enumerate(plan):
         rng = np.random.default_rng([seed, 1, index])
-        rows = [_row(name, i, scans, labels, pool, low, rng) for i in range(sizes[name])]
+        rows = [_row(name, i, scans, labels, pool, light, rng, rng) for i in range(sizes[name])]
         _write_parquet(temporary / f"{name}.parquet", rows)
-    for index, (name, low) in enumerate([("heldout_clean", False), ("heldout_low_contrast", True)]):
+    for name, light in (("heldout_clean", None), ("heldout_low_contrast", low_contrast)):
         rng = np.random.default_rng([seed, 2])  # the same pictures, clean and low in contrast
-        noise = np.random.default_rng([seed, 3, index])
+        noise = np.random.default_rng([seed, 3])
         with (temporary / f"{name}.jsonl").open("w", encoding="utf-8") as lines:
             for i in range(sizes["heldout"]):
-                row = _row(name, i, scans, labels, held_out, low, rng, noise)
+                row = _row(name, i, scans, labels, held_out, light, rng, noise)
                 path = f"images/{row['id']}.png"
                 (temporary / path).write_bytes(row["images"][0])
                 lines.write(json.dumps({**row, "images": [path]}) + "\n")
@@ -89,7 +95,7 @@ def _scans() -> tuple[np.ndarray, np.ndarray]:
     return bunch.images / 16.0, bunch.target
 
 
-def _row(name, index, scans, labels, pool, low, rng, noise=None) -> dict:
+def _row(name, index, scans, labels, pool, light, rng, noise) -> dict:
     left, right = rng.choice(pool, 2)
     digits = [str(labels[left]), str(labels[right])]
     picture = np.zeros((16, 16))
@@ -99,8 +105,8 @@ def _row(name, index, scans, labels, pool, low, rng, noise=None) -> dict:
         digits[half] = EMPTY
         picture[:, 8 * half : 8 * half + 8] = 0
     kind = list(QUESTIONS)[int(rng.integers(len(QUESTIONS)))]
-    if low:
-        picture = low_contrast(picture, noise or rng)
+    if light is not None:
+        picture = light(picture, noise)
     stream = io.BytesIO()
     Image.fromarray((picture * 255).round().astype(np.uint8)).convert("RGB").save(stream, "PNG")
     right_answer = answer(kind, digits)

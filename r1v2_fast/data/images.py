@@ -45,7 +45,9 @@ class ImageStore:
     Tiles follow the processor: dynamic tiling with a thumbnail where its `crop_to_patches` is set, else one tile.
     """
 
-    def __init__(self, load: Callable[[str], Image.Image], processor, *, max_tiles: int = 12, cache_bytes: int = 1 << 28):
+    def __init__(
+        self, load: Callable[[str], Image.Image], processor, *, max_tiles: int = 12, cache_bytes: int = 1 << 28
+    ):
         self.load = load
         self.processor = processor
         self.max_tiles = max_tiles

@@ -53,7 +53,9 @@ class Dataset:
         self._by_id: dict[str, Record] = {}
         for record in self.records:
             if record.id in self._by_id:
-                raise ValueError(f"{record.where}, field 'id': {record.id!r} stands at {self._by_id[record.id].where} too")
+                raise ValueError(
+                    f"{record.where}, field 'id': {record.id!r} stands at {self._by_id[record.id].where} too"
+                )
             self._by_id[record.id] = record
 
     def __len__(self) -> int:
@@ -147,7 +149,11 @@ def _prompt(row: dict, where: str) -> str | list[dict]:
     prompt = row.get("prompt")
     if isinstance(prompt, str) and prompt:
         return prompt
-    if isinstance(prompt, list) and prompt and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt):
+    if (
+        isinstance(prompt, list)
+        and prompt
+        and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt)
+    ):
         return prompt
     expected = "a non-empty string or a list of messages with role and content"
     raise ValueError(f"{where}, field 'prompt': expected {expected}, got {prompt!r}")

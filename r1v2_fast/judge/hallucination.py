@@ -20,9 +20,7 @@ def hallucinated(completion: str, digits: str) -> bool:
     if claimed - seen:
         return True
     halves = digits.split()
-    return any(
-        half == EMPTY and any(map(str.isdigit, slot)) for half, slot in zip(halves, said, strict=False)
-    )
+    return any(half == EMPTY and any(map(str.isdigit, slot)) for half, slot in zip(halves, said, strict=False))
 
 
 def faithful(prompts: list[str], completions: list[str], *, digits: list[str], **columns) -> list[float]:

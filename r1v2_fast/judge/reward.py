@@ -52,7 +52,9 @@ def score(
     try:
         values = function(prompts=prompts, completions=completions, **columns)
     except Exception as error:
-        raise RuntimeError(f"reward {name!r} raised {type(error).__name__} on samples {ids[0]} to {ids[-1]}: {error}") from error
+        raise RuntimeError(
+            f"reward {name!r} raised {type(error).__name__} on samples {ids[0]} to {ids[-1]}: {error}"
+        ) from error
     if not isinstance(values, (list, tuple)) or len(values) != len(completions):
         got = len(values) if isinstance(values, (list, tuple)) else type(values).__name__
         raise ValueError(f"reward {name!r} must return a list of {len(completions)} numbers, got {got}")

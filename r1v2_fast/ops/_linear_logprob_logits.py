@@ -30,9 +30,7 @@ def _passes(logits, targets, temperature_N, temperature, softcap, forbidden, out
         at = slice(start, start + size)
         inverse = 1.0 / temperature if temperature_N is None else temperature_N[at].to(wide).reciprocal()[:, None]
         copied = logits[at].to(wide, copy=True)
-        yield at, inverse, row_pass(
-            copied, targets[at], inverse, 1.0, softcap, forbidden, outputs, grad, entropy_grad
-        )
+        yield at, inverse, row_pass(copied, targets[at], inverse, 1.0, softcap, forbidden, outputs, grad, entropy_grad)
 
 
 def _zeros(logits: torch.Tensor, outputs: list[str]) -> list[torch.Tensor]:
@@ -100,7 +98,19 @@ _backward = torch.ops.r1v2_fast.logits_logprob_backward_.default
 
 class _LogitsLogProb(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, targets, temperature_N, temperature, softcap, forbidden, ignore_index, outputs, entropy_grad, inplace):
+    def forward(
+        ctx,
+        logits,
+        targets,
+        temperature_N,
+        temperature,
+        softcap,
+        forbidden,
+        ignore_index,
+        outputs,
+        entropy_grad,
+        inplace,
+    ):
         logprobs, entropy, is_top1, mean_logits, log_sum_sq_probs = _forward(
             logits, targets, temperature_N, temperature, softcap, forbidden, ignore_index, list(outputs)
         )

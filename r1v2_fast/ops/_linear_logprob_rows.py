@@ -78,9 +78,7 @@ def row_pass(
     p.scatter_(1, index, 0.0)
     # 1 - p_t as a sum of the others: subtracting loses everything near p_t = 1
     others = p.sum(1)
-    logprobs = torch.where(
-        target_logits == top, -torch.log1p(others / target_probs), (target_logits - top) - log_total
-    )
+    logprobs = torch.where(target_logits == top, -torch.log1p(others / target_probs), (target_logits - top) - log_total)
     target_weight = kept = None
     if grad:
         target_weight, kept = others, p

@@ -166,26 +166,33 @@ def _impl(
     rewards_NR, offsets, weights, deciding, aggregate, baseline, scale, correction, eps, eps_mode, singleton, tol, zero
 ):
     count, groups = len(rewards_NR), len(offsets) - 1
+    out_dtype = rewards_NR.dtype
+    # fp64 inside costs nothing at these sizes and spares whitening of whitened values its cancellation
+    rewards_NR, weights = rewards_NR.double(), weights.double()
     members = torch.arange(count, device=rewards_NR.device)
     group_N = torch.searchsorted(offsets[1:].contiguous(), members, right=True).clamp(max=max(groups - 1, 0))
     missing_NR = rewards_NR.isnan()
-    totals = (rewards_NR.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf) * weights).where(~missing_NR, 0).sum(1)
+    totals = (
+        (rewards_NR.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf) * weights).where(~missing_NR, 0).sum(1)
+    )
     totals = totals.masked_fill(missing_NR.all(1), torch.nan)
     how = (group_N, groups, baseline, scale, correction, eps, eps_mode, singleton)
     advantages, mean, std = _centre(totals, *how)
     live = ~totals.isnan()
     if aggregate == "gdpo":
-        parts = [_centre(column, *how)[0] * weight for column, weight in zip(rewards_NR.unbind(1), weights, strict=True)]
+        parts = [
+            _centre(column, *how)[0] * weight for column, weight in zip(rewards_NR.unbind(1), weights, strict=True)
+        ]
         advantages = torch.stack(parts).sum(0)
         batch_mean, batch_std = _batch_moments(advantages, live, correction)
         whitened = (advantages - batch_mean) / (batch_std + eps if eps_mode == "add" else batch_std.clamp(min=eps))
         advantages = whitened.where(live & (batch_std > 0), advantages.where(live, 0))
-    deciding = totals if deciding is None else deciding
+    deciding = totals if deciding is None else deciding.double()
     high, low = _extent(deciding, deciding.isfinite(), group_N, groups)
     informative = (high - low) > tol
     if zero and count:
         advantages = advantages.where(informative[group_N], 0)
-    return advantages, mean, std, informative
+    return advantages.to(out_dtype), mean.to(out_dtype), std.to(out_dtype), informative
 
 
 def _extent(values, live, group_N, groups):

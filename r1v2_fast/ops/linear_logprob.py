@@ -140,7 +140,9 @@ def logprobs_from_logits(
 
 def _check(hidden, weight, targets, bias, temperature, forbidden, needs_grad, outputs) -> None:
     if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(f"hidden [..., H] and weight [V, H] must agree, got {tuple(hidden.shape)}, {tuple(weight.shape)}")
+        raise ValueError(
+            f"hidden [..., H] and weight [V, H] must agree, got {tuple(hidden.shape)}, {tuple(weight.shape)}"
+        )
     if targets.shape != hidden.shape[:-1]:
         raise ValueError(f"targets must be hidden's {tuple(hidden.shape[:-1])}, got {tuple(targets.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
@@ -191,7 +193,9 @@ def _split_rows(targets_N, needs_grad_N, ignore_index: int) -> tuple[torch.Tenso
     if needs_grad_N is None:
         return (live.nonzero().squeeze(1) if on_cpu else everything), nothing
     if not on_cpu and needs_grad_N.device.type != "cpu" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("needs_grad on the device costs a sync, which CUDA graph capture forbids; pass it on the CPU")
+        raise RuntimeError(
+            "needs_grad on the device costs a sync, which CUDA graph capture forbids; pass it on the CPU"
+        )
     wanted = needs_grad_N.to("cpu") & live.to("cpu") if on_cpu else needs_grad_N.to("cpu")
     rest = ~wanted & live.to("cpu") if on_cpu else ~wanted
     device = targets_N.device
@@ -213,7 +217,9 @@ def _exact_matmuls(device_type: str):
             torch.backends.cuda.matmul.allow_tf32 = before
 
 
-_HEAD = "Tensor? temperature_N, float temperature, float logit_scale, float? softcap, int ignore_index, Tensor? forbidden"
+_HEAD = (
+    "Tensor? temperature_N, float temperature, float logit_scale, float? softcap, int ignore_index, Tensor? forbidden"
+)
 torch.library.define(
     "r1v2_fast::linear_logprob_forward",
     f"(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, {_HEAD}, Tensor? needs_grad, str[] outputs, "
@@ -347,13 +353,34 @@ class _LinearLogProb(torch.autograd.Function):
         # a head that trains needs K even where none fits, so that `a` is there for the target's rows
         shared = (temperature_N, temperature, logit_scale, softcap, ignore_index, forbidden, needs_grad)
         results = _forward(
-            hidden, weight, bias, targets, *shared, list(outputs), unit, entropy_grad is True, max(keep, int(head)), workspace
+            hidden,
+            weight,
+            bias,
+            targets,
+            *shared,
+            list(outputs),
+            unit,
+            entropy_grad is True,
+            max(keep, int(head)),
+            workspace,
         )
-        logprobs, entropy, is_top1, mean_logits, log_sum_sq_probs, unit_grad, entropy_unit, kept, target_weight = results
+        logprobs, entropy, is_top1, mean_logits, log_sum_sq_probs, unit_grad, entropy_unit, kept, target_weight = (
+            results
+        )
         ctx.shared, ctx.entropy_grad, ctx.workspace, ctx.trains_head = shared[1:5], entropy_grad, workspace, head
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
-            hidden, weight, bias, targets, temperature_N, forbidden, needs_grad, unit_grad, entropy_unit, kept, target_weight
+            hidden,
+            weight,
+            bias,
+            targets,
+            temperature_N,
+            forbidden,
+            needs_grad,
+            unit_grad,
+            entropy_unit,
+            kept,
+            target_weight,
         )
         asked = [
             value if name in outputs else None

@@ -191,6 +191,7 @@ def _impl(
             kl_slope = {"k1": torch.ones_like(away), "k2": -away, "k3": -torch.expm1(away)}[kl_kind]
             term = term + kl_coef * kl
             slope = slope + kl_coef * kl_slope.where(free & live, 0)
+
     # every sum goes through its sequence's own, so padding cannot change the order of additions
     def per_sequence(values):
         return values.new_zeros(sequences).index_add(0, rows, values)

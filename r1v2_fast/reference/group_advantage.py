@@ -76,7 +76,9 @@ def group_advantages(
     how = {"baseline": baseline, "correction": correction, "eps": eps, "eps_mode": eps_mode, "singleton": singleton}
     advantages, mean, std = _centre(totals, offsets, scale=scale, **how)
     if aggregate == "gdpo":
-        parts = [_centre(rewards_NR[:, k], offsets, scale=scale, **how)[0] * weights[k].double() for k in range(len(weights))]
+        parts = [
+            _centre(rewards_NR[:, k], offsets, scale=scale, **how)[0] * weights[k].double() for k in range(len(weights))
+        ]
         advantages = torch.stack(parts).sum(0)
         live = ~totals.isnan()
         if live.any():

@@ -34,9 +34,7 @@ def mpo_loss(
         w = 1.0 if pair_weights is None else pair_weights[p]
         chosen, rejected = rewards[p], rewards[pairs + p]
         gap = chosen - rejected
-        preference = preference - w * (
-            (1 - label_smoothing) * F.logsigmoid(gap) + label_smoothing * F.logsigmoid(-gap)
-        )
+        preference = preference - w * ((1 - label_smoothing) * F.logsigmoid(gap) + label_smoothing * F.logsigmoid(-gap))
         quality = quality - w * (F.logsigmoid(chosen - delta) + F.logsigmoid(-(rejected - delta)))
         start, end = spans[p]
         nll = -logprobs_N[start:end].sum()

@@ -35,7 +35,10 @@ class Checkpoints:
         partial = target.with_name(target.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        save_file({name: tensor.clone().contiguous().cpu() for name, tensor in flat.items()}, str(partial / "state.safetensors"))
+        save_file(
+            {name: tensor.clone().contiguous().cpu() for name, tensor in flat.items()},
+            str(partial / "state.safetensors"),
+        )
         (partial / "state.json").write_text(json.dumps({"stage": stage.name, "step": step, "meta": meta}))
         shutil.rmtree(target, ignore_errors=True)
         os.replace(partial, target)
@@ -60,7 +63,9 @@ class Checkpoints:
                 _, field, name = key.split("/", 2)
                 by_field[name][field] = tensor
         for name, parameter in parameters.items():
-            fields: dict[str, Any] = {f: t if f == "step" else t.to(parameter.device) for f, t in by_field[name].items()}
+            fields: dict[str, Any] = {
+                f: t if f == "step" else t.to(parameter.device) for f, t in by_field[name].items()
+            }
             if fields:
                 optimizer.state[parameter] = fields
         own = {key.removeprefix("stage/"): tensor for key, tensor in tensors.items() if key.startswith("stage/")}

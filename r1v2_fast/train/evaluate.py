@@ -23,15 +23,15 @@ class Result(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(policy: Policy, reader: Reader, dataset: Dataset, config: Evaluation, *, records: int | None = None) -> Result:
+def evaluate(
+    policy: Policy, reader: Reader, dataset: Dataset, config: Evaluation, *, records: int | None = None
+) -> Result:
     """accuracy and format; hallucination, overall and among right and wrong answers, for records with `digits`."""
     chosen = dataset.records[:records]
     completions: list[str] = []
     for start in range(0, len(chosen), config.batch_size):
         prompts = reader.prompts(dataset, chosen[start : start + config.batch_size])
-        responses = rollout(
-            policy, prompts, group_size=1, max_new_tokens=config.max_new_tokens, temperature=0.0
-        )
+        responses = rollout(policy, prompts, group_size=1, max_new_tokens=config.max_new_tokens, temperature=0.0)
         completions += [reader.encoder.decode(response.ids) for response in responses]
     columns = {"answer": [record.answer for record in chosen]}
     for name in chosen[0].columns:

@@ -49,7 +49,9 @@ class Log:
         values = {name: _number(value) for name, value in metrics.items()}
         self._append(self.metrics_path, {"stage": stage, "step": step, "time": time.time(), **values})
         if self._progress is not None:
-            shown = " ".join(f"{name} {values[name]:.3f}" for name in ("loss", "reward", "mean_token_accuracy") if name in values)
+            shown = " ".join(
+                f"{name} {values[name]:.3f}" for name in ("loss", "reward", "mean_token_accuracy") if name in values
+            )
             self._progress.update(self._task, completed=step + 1, shown=shown)
         return values
 
@@ -62,7 +64,9 @@ class Log:
     def rewind(self, stage: str, step: int, later: list[str]) -> None:
         """Drop what was written at or behind `step` of `stage`, and in `later` stages: it will be written again."""
         for path in (self.metrics_path, self.samples_path):
-            self._keep(path, lambda line: line["stage"] not in later and not (line["stage"] == stage and line["step"] >= step))
+            self._keep(
+                path, lambda line: line["stage"] not in later and not (line["stage"] == stage and line["step"] >= step)
+            )
 
     @staticmethod
     def _keep(path: Path, keep: Callable[[dict], bool]) -> None:

@@ -1,9 +1,9 @@
 """The training loop: the map of the system.
 
-    records -> rollout (a prompt prefilled once for its G responses) -> rewards, components apart
-            -> group advantages -> Selective Sample Buffer -> batch          stage.collect, no gradient
-            -> hidden states -> response log-probs -> loss                   stage.loss
-            -> backward -> clip -> optimizer -> log, evaluation, checkpoint  here
+records -> rollout (a prompt prefilled once for its G responses) -> rewards, components apart
+        -> group advantages -> Selective Sample Buffer -> batch          stage.collect, no gradient
+        -> hidden states -> response log-probs -> loss                   stage.loss
+        -> backward -> clip -> optimizer -> log, evaluation, checkpoint  here
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ def _update(
     loss.backward()
     norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
     if not torch.isfinite(norm):
-        raise RuntimeError(f"stage {stage.name}, step {step}: the gradient norm is {norm.item()}; the last checkpoint is intact")
+        raise RuntimeError(
+            f"stage {stage.name}, step {step}: the gradient norm is {norm.item()}; the last checkpoint is intact"
+        )
     optimizer.step()
     stage.after_step()
     metrics.update({"loss": loss.detach(), "grad_norm": norm, "learning_rate": rate})

@@ -83,7 +83,10 @@ def rollout(
     rows = torch.stack(tokens, 1).tolist()
     columns = torch.stack(logprobs, 1).cpu()
     finished = (~alive).tolist()
-    return [Response(row[:n], columns[i, :n].clone(), finished[i]) for i, (row, n) in enumerate(zip(rows, lengths, strict=True))]
+    return [
+        Response(row[:n], columns[i, :n].clone(), finished[i])
+        for i, (row, n) in enumerate(zip(rows, lengths, strict=True))
+    ]
 
 
 def _sample(

@@ -20,7 +20,9 @@ class AlignStage(Stage):
         context.policy.train_parts(list(config.train))
         for record in self.dataset.records:
             if not isinstance(record.columns.get("response"), str):
-                raise ValueError(f"{record.where}, field 'response': align needs a string to learn, got {record.columns.get('response')!r}")
+                raise ValueError(
+                    f"{record.where}, field 'response': align needs a string to learn, got {record.columns.get('response')!r}"
+                )
 
     def collect(self, step: int, metrics: Metrics) -> Batch:
         context = self.context

@@ -127,7 +127,9 @@ class GRPOStage(Stage):
         target, fresh = (groups, int(informative.sum())) if by_group else (len(samples), int((advantages != 0).sum()))
         replayed = self.buffer.fill(target, fresh, step)
         offsets = torch.arange(0, len(samples) + 1, size)
-        self.buffer.push(samples, torch.where(informative.cpu().repeat_interleave(size), advantages, 0.0), offsets, step)
+        self.buffer.push(
+            samples, torch.where(informative.cpu().repeat_interleave(size), advantages, 0.0), offsets, step
+        )
         metrics["buffer/effective_share_without"] = fresh / target
         metrics["buffer/effective_share"] = (fresh + len(replayed)) / target
         metrics["buffer/size"] = self.buffer.stats()["size"]

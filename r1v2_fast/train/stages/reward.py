@@ -36,9 +36,7 @@ class RewardStage(Stage):
         return {**backbone, **{f"head.{n}": p for n, p in self.model.head.named_parameters()}}
 
     def collect(self, step: int, metrics: Metrics) -> Batch | None:
-        experience = collect(
-            self.context, self.judge, self.dataset, self.config.sampling, stage=self.name, step=step
-        )
+        experience = collect(self.context, self.judge, self.dataset, self.config.sampling, stage=self.name, step=step)
         metrics.update(reward_metrics(experience, self.judge.weights, self.config.sampling.max_new_tokens))
         totals = (experience.rewards_NR.nan_to_num() * self.judge.weights).sum(1)
         pairs = pairs_by_gap(totals, experience.group_size, min_gap=0.0, max_pairs=self.config.max_pairs)

@@ -1,0 +1,42 @@
+"""What runs here: versions, and for every op the backend that `auto` takes with the reasons against the others."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+import torch
+
+from r1v2_fast import ops  # noqa: F401  (registers the backends)
+from r1v2_fast._version import __version__
+from r1v2_fast.ops import _backend
+
+
+def run(require: list[str]) -> int:
+    """Print the findings; 1 where a required backend cannot run any op on this machine's devices, else 0."""
+    print(f"r1v2_fast {__version__}, Python {platform.python_version()}, {platform.machine()}")
+    for package in ("torch", "triton", "transformers"):
+        try:
+            print(f"  {package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            print(f"  {package} not installed")
+    devices = ["cpu"]
+    if torch.cuda.is_available():
+        devices.append("cuda")
+        print(f"  GPU {torch.cuda.get_device_name()}")
+    else:
+        print("  no CUDA device")
+    running = set()
+    for device in devices:
+        print(f"\non {device}")
+        for op in _backend.ops():
+            print(f"  {op:<18} {_backend.auto(op, device)}")
+            for verdict in _backend.verdicts(op, device):
+                if verdict.why_not is None:
+                    running.add(verdict.backend)
+                else:
+                    print(f"    {verdict.backend} is out: {verdict.why_not}")
+    missing = [backend for backend in require if backend not in running]
+    for backend in missing:
+        print(f"\nrequired backend {backend!r} cannot run any op here")
+    return 1 if missing else 0

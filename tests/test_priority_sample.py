@@ -1,0 +1,92 @@
+"""sample_by_priority: the random stream, the distribution, the errors."""
+
+import itertools
+
+import pytest
+import torch
+
+from r1v2_fast.ops.priority_sample import _op, sample_by_priority
+from r1v2_fast.reference import priority_sample as reference
+
+
+def test_philox_gives_the_published_words():
+    zero, ones = torch.zeros(1, dtype=torch.int64), torch.full((1,), 0xFFFFFFFF)
+    words = [f"{int(w):08x}" for w in reference.philox_rounds([zero] * 4, [0, 0])]
+    assert words == ["6627e8d5", "e169c58d", "bc57ac4c", "9b00dbd8"]
+    words = [f"{int(w):08x}" for w in reference.philox_rounds([ones] * 4, [0xFFFFFFFF] * 2)]
+    assert words == ["408f276d", "41c83b0e", "a20bc7c6", "6d5451fd"]
+
+
+def test_draws_without_replacement_follow_sequential_weighted_sampling():
+    weights, draws = [1.0, 2.0, 3.0, 0.0, 4.0], 4000
+    counts: dict = {}
+    for seed in range(draws):
+        pair = tuple(sample_by_priority(torch.tensor(weights), 2, seed=seed).indices.tolist())
+        counts[pair] = counts.get(pair, 0) + 1
+    total, chi_square, cells = sum(weights), 0.0, 0
+    for a, b in itertools.permutations([0, 1, 2, 4], 2):
+        expected = draws * weights[a] / total * weights[b] / (total - weights[a])
+        chi_square += (counts.pop((a, b), 0) - expected) ** 2 / expected
+        cells += 1
+    assert not counts, "index 3 has no weight"
+    assert chi_square < 31.3  # 0.999 quantile at 11 degrees of freedom
+    assert cells == 12
+
+
+def test_draws_with_replacement_follow_the_powered_priorities():
+    weights = torch.tensor([1.0, 2.0, 0.0, 3.0])
+    out = sample_by_priority(weights, 20000, seed=5, alpha=2.0, replacement=True)
+    share = torch.bincount(out.indices, minlength=4).double() / 20000
+    exact = weights.double() ** 2 / 14
+    spread = (exact * (1 - exact) / 20000).sqrt()
+    assert (share[2] == 0) and ((share - exact).abs() <= 4 * spread).all()
+    assert torch.equal(out.probabilities, exact[out.indices].float())
+
+
+def test_the_same_seed_draws_the_same_and_another_does_not():
+    weights = torch.rand(1000, generator=torch.Generator().manual_seed(0))
+    a, b, c = (sample_by_priority(weights, 50, seed=s).indices for s in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert len(set(a.tolist())) == 50
+
+
+def test_a_longer_draw_begins_with_the_shorter_one():
+    weights = torch.rand(200, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(
+        sample_by_priority(weights, 9, seed=3).indices[:4], sample_by_priority(weights, 4, seed=3).indices
+    )
+
+
+def test_tiny_and_huge_priorities_keep_their_order_of_magnitude():
+    weights = torch.tensor([1e-38, 1.0, 1e38])
+    first = [sample_by_priority(weights, 1, seed=s).indices.item() for s in range(200)]
+    assert set(first) == {2}
+
+
+@pytest.mark.parametrize(
+    ("priorities", "k", "message"),
+    [
+        ([1.0, float("nan")], 1, "got nan at index 1"),
+        ([1.0, float("inf")], 1, "got inf at index 1"),
+        ([-1.0, 1.0], 1, "got -1.0 at index 0"),
+        ([1.0, 0.0], 2, "k = 2 from 1 positive priorities of 2"),
+        ([0.0, 0.0], 1, "k = 1 from 0 positive"),
+    ],
+)
+def test_bad_priorities_are_named(priorities, k, message):
+    with pytest.raises(ValueError, match=message):
+        sample_by_priority(torch.tensor(priorities), k, seed=0)
+
+
+def test_unchecked_draws_mark_what_cannot_be_drawn():
+    out = sample_by_priority(torch.tensor([0.0, 2.0]), 3, seed=0, check=False)
+    assert out.indices.tolist() == [1, -1, -1] and out.probabilities.tolist() == [1.0, 0.0, 0.0]
+
+
+def test_opcheck_accepts_it_and_it_compiles_into_one_graph():
+    weights = torch.rand(20, generator=torch.Generator().manual_seed(0))
+    torch.library.opcheck(_op, (weights, 3, 1, 1.0, False))
+    compiled = torch.compile(
+        lambda w: sample_by_priority(w, 3, seed=1, check=False).indices, fullgraph=True, backend="aot_eager"
+    )
+    assert torch.equal(compiled(weights), sample_by_priority(weights, 3, seed=1).indices)
