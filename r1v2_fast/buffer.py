@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -98,7 +99,7 @@ class SelectiveSampleBuffer:
                 _check_value(value, f"sample {index}, field {name!r}")
         advantages = advantages.detach().cpu()
         edges = offsets.tolist() if self.granularity == "group" else range(len(samples) + 1)
-        for start, end in zip(edges, edges[1:], strict=False):
+        for start, end in itertools.pairwise(edges):
             own = advantages[start:end]
             if bool((own != 0).any()):
                 self._units.append(Unit(samples[start:end], own.clone(), step))
@@ -143,8 +144,8 @@ class SelectiveSampleBuffer:
         tensors: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
         for key, value in state.items():
             if key.count("/") >= 2:
-                u, s, name = key.split("/", 2)
-                tensors.setdefault((int(u), int(s)), {})[name] = value
+                unit_index, sample_index, name = key.split("/", 2)
+                tensors.setdefault((int(unit_index), int(sample_index)), {})[name] = value
         for u, unit in enumerate(meta["units"]):
             samples = [{**plain, **tensors.get((u, s), {})} for s, plain in enumerate(unit["samples"])]
             self._units.append(Unit(samples, state[f"{u}/advantages"], unit["step"]))

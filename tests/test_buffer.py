@@ -1,5 +1,7 @@
 """SelectiveSampleBuffer against a written-out simulation, and its promises."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -27,7 +29,7 @@ class Simulation:
     def push(self, ids, advantages, offsets, step):
         if self.granularity == "sample":
             offsets = list(range(len(ids) + 1))
-        for start, end in zip(offsets, offsets[1:], strict=False):
+        for start, end in itertools.pairwise(offsets):
             if any(a != 0 for a in advantages[start:end]):
                 self.units.append({"ids": ids[start:end], "advantages": advantages[start:end], "step": step})
         self.units = self.units[-self.capacity :]

@@ -181,11 +181,11 @@ def test_the_digits_are_right_disjoint_and_reproducible(written, tmp_path):
 
     from sklearn.datasets import load_digits
 
-    order = np.random.default_rng([1, 0]).permutation(1797)
+    order, pictures = np.random.default_rng([1, 0]).permutation(1797), load_digits().images
 
     def scans(held_out):
         chosen = order[: 1797 // 5] if held_out else order[1797 // 5 :]
-        return {(load_digits().images[i] / 16 * 255).round().astype(np.uint8).tobytes() for i in chosen}
+        return {(pictures[i] / 16 * 255).round().astype(np.uint8).tobytes() for i in chosen}
 
     def halves(file):
         dataset = Dataset(written / file)

@@ -42,8 +42,9 @@ class Batch:
         return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
 
     def to(self, device: torch.device | str) -> Batch:
-        tensors = (self.input_ids, self.attention_mask, self.response_mask)
-        return Batch(*(tensor.to(device) for tensor in tensors), self.image_keys)
+        return Batch(
+            self.input_ids.to(device), self.attention_mask.to(device), self.response_mask.to(device), self.image_keys
+        )
 
 
 def collate(sequences: list[Sequence], pad_id: int) -> Batch:

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ QUESTIONS = {
     "count": "How many digits?",
 }
 WORDS = sorted({word.strip(".?") for question in QUESTIONS.values() for word in question.split()})
+Light = Callable[[np.ndarray, np.random.Generator], np.ndarray] | None
 SIZES = {"align": 20_000, "policy": 8_000, "reward": 4_000, "heldout": 1_000}
 
 
@@ -68,12 +70,17 @@ def write(folder: str | Path, *, seed: int, sizes: dict[str, int] | None = None)
     temporary = folder.with_name(folder.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     (temporary / "images").mkdir(parents=True)
-    plan = [("align", train, varied_light), ("policy", train, low_contrast), ("reward", reward, low_contrast)]
+    plan: list[tuple[str, np.ndarray, Light]] = [
+        ("align", train, varied_light),
+        ("policy", train, low_contrast),
+        ("reward", reward, low_contrast),
+    ]
     for index, (name, pool, light) in enumerate(plan):
         rng = np.random.default_rng([seed, 1, index])
         rows = [_row(name, i, scans, labels, pool, light, rng, rng) for i in range(sizes[name])]
         _write_parquet(temporary / f"{name}.parquet", rows)
-    for name, light in (("heldout_clean", None), ("heldout_low_contrast", low_contrast)):
+    lights: list[tuple[str, Light]] = [("heldout_clean", None), ("heldout_low_contrast", low_contrast)]
+    for name, light in lights:
         rng = np.random.default_rng([seed, 2])  # the same pictures, clean and low in contrast
         noise = np.random.default_rng([seed, 3])
         with (temporary / f"{name}.jsonl").open("w", encoding="utf-8") as lines:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoTokenizer, InternVLForConditionalGeneration
@@ -17,7 +17,7 @@ IMAGENET_STD = [0.229, 0.224, 0.225]
 
 class Loaded(NamedTuple):
     model: InternVLForConditionalGeneration
-    tokenizer: object
+    tokenizer: Any
     image_processor: GotOcr2ImageProcessorPil
 
 
@@ -58,7 +58,7 @@ def from_folder(path: str | Path, *, dtype: torch.dtype | str = "auto") -> Loade
 def save_folder(path: str | Path, loaded: Loaded) -> None:
     """The Hugging Face folder that `from_folder` and `AutoModelForImageTextToText` read."""
     loaded.model.save_pretrained(path)
-    loaded.tokenizer.save_pretrained(path)  # type: ignore[attr-defined]
+    loaded.tokenizer.save_pretrained(path)
     loaded.image_processor.save_pretrained(path)
 
 

@@ -139,7 +139,7 @@ class _LogitsLogProb(torch.autograd.Function):
 
 def from_logits(
     logits, targets, *, temperature, softcap, forbidden, ignore_index, outputs, entropy_grad, inplace_grad
-) -> dict[str, torch.Tensor | None]:
+) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
     shape = targets.shape
     per_token = isinstance(temperature, torch.Tensor)
     results = _LogitsLogProb.apply(
@@ -154,8 +154,6 @@ def from_logits(
         entropy_grad and "entropy" in outputs,
         inplace_grad,
     )
-    names = ("logprobs", "entropy", "is_top1", "mean_logits", "log_sum_sq_probs")
-    return {
-        name: value.reshape(shape) if name == "logprobs" or name in outputs else None
-        for name, value in zip(names, results, strict=True)
-    }
+    names = ("entropy", "is_top1", "mean_logits", "log_sum_sq_probs")
+    extras = [v.reshape(shape) if n in outputs else None for n, v in zip(names, results[1:], strict=True)]
+    return results[0].reshape(shape), extras

@@ -12,12 +12,7 @@ import torch
 
 from r1v2_fast.ops import _backend
 
-
-def _triton_why_not(device_type: str) -> str | None:
-    return _backend.triton_why_not(device_type)
-
-
-_backend.register("group_advantage", ("triton", _triton_why_not))
+_backend.register("group_advantage")
 
 
 class GroupAdvantages(NamedTuple):
@@ -95,22 +90,11 @@ def group_advantages(
     offsets = _offsets(groups, count, rewards.device)
     weights = rewards_NR.new_ones(components) if component_weights is None else component_weights.to(rewards_NR)
     deciding = None if informative_from is None else informative_from.detach().to(rewards_NR)
-    chosen = _backend.pick("group_advantage", backend, rewards)
-    if chosen == "triton" and (aggregate == "gdpo" or scale == "batch"):
-        if backend == "triton":
-            raise RuntimeError(
-                f"group_advantage's Triton kernel has no aggregate={aggregate!r} with scale={scale!r}; "
-                "backend='torch' (or 'auto') does"
-            )
-        chosen = "torch"
+    _backend.pick("group_advantage", backend, rewards)
     arguments = (
         rewards_NR, offsets, weights, deciding, aggregate, baseline, scale, correction, eps, eps_mode, singleton,
         informative_tol, zero_uninformative,
     )  # fmt: skip
-    if chosen == "triton":
-        from r1v2_fast.kernels.group_advantage import launch
-
-        return GroupAdvantages(*launch(*arguments))
     return GroupAdvantages(*_torch_op(*arguments))
 
 

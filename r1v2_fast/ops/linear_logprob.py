@@ -123,19 +123,18 @@ def logprobs_from_logits(
     _check_values(targets, temperature, forbidden, outputs, logits)
     _backend.pick("linear_logprob", backend, logits)
     wanted = tuple(name for name in OUTPUTS if name in outputs)
-    return LogProbs(
-        **from_logits(
-            logits,
-            targets,
-            temperature=temperature,
-            softcap=softcap,
-            forbidden=forbidden,
-            ignore_index=ignore_index,
-            outputs=wanted,
-            entropy_grad=entropy_grad,
-            inplace_grad=inplace_grad,
-        )
+    logprobs, extras = from_logits(
+        logits,
+        targets,
+        temperature=temperature,
+        softcap=softcap,
+        forbidden=forbidden,
+        ignore_index=ignore_index,
+        outputs=wanted,
+        entropy_grad=entropy_grad,
+        inplace_grad=inplace_grad,
     )
+    return LogProbs(logprobs, *extras)
 
 
 def _check(hidden, weight, targets, bias, temperature, forbidden, needs_grad, outputs) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -24,7 +25,7 @@ def _centre(values_N: torch.Tensor, offsets: list[int], *, baseline, scale, corr
     finite_all = [v for v in values if not math.isnan(v)]
     batch_std = _moments(finite_all, correction)[1] if finite_all else 0.0
     advantages, means, stds = [0.0] * len(values), [], []
-    for start, end in zip(offsets, offsets[1:], strict=False):
+    for start, end in itertools.pairwise(offsets):
         live = [i for i in range(start, end) if not math.isnan(values[i])]
         group = [values[i] for i in live]
         mean, std = _moments(group, correction) if group else (0.0, 0.0)
@@ -88,7 +89,7 @@ def group_advantages(
                 advantages = torch.tensor(whitened, dtype=torch.float64).where(live, 0.0)
     deciding = (totals if informative_from is None else informative_from.double()).tolist()
     informative = []
-    for start, end in zip(offsets, offsets[1:], strict=False):
+    for start, end in itertools.pairwise(offsets):
         finite = [v for v in deciding[start:end] if math.isfinite(v)]
         informative.append(bool(finite) and max(finite) - min(finite) > informative_tol)
         if zero_uninformative and not informative[-1]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 
@@ -27,9 +29,9 @@ def mpo_loss(
     source   Skywork R1V2 (2504.16656) eq. 2 to 5; InternVL2-MPO (2411.10442)
     """
     pairs = (len(offsets) - 1) // 2
-    spans = list(zip(offsets, offsets[1:], strict=False))
+    spans = list(itertools.pairwise(offsets))
     rewards = [beta * (logprobs_N[a:b] - ref_N[a:b]).sum() for a, b in spans]
-    preference = quality = generated = 0.0
+    preference = quality = generated = logprobs_N.new_zeros(())
     for p in range(pairs):
         w = 1.0 if pair_weights is None else pair_weights[p]
         chosen, rejected = rewards[p], rewards[pairs + p]

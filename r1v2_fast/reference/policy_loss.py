@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 
@@ -29,7 +31,7 @@ def policy_loss(
     source  DeepSeekMath (2402.03300) eq. 3; DAPO (2503.14476); Dr. GRPO (2503.20783); decoupled ratio: POPO (2606.01281)
     """
     terms = []
-    for start, end in zip(offsets, offsets[1:], strict=False):
+    for start, end in itertools.pairwise(offsets):
         tokens = slice(start, end)
         log_ratio = logprobs_N[tokens] - old_N[tokens]
         if log_ratio_clamp is not None:

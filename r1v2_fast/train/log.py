@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +61,19 @@ class Log:
     def sample(self, **fields: Any) -> None:
         self._append(self.samples_path, fields)
 
-    def rewind(self, stage: str, step: int, later: list[str]) -> None:
-        """Drop what was written at or behind `step` of `stage`, and in `later` stages: it will be written again."""
+    def rewind(self, stage: str, done: int, later: Sequence[str]) -> None:
+        """Drop what was written behind the first `done` steps of `stage`, and in `later` stages: it comes again.
+
+        An evaluation's step counts the steps done before it, a training line's is its own index.
+        """
+
+        def keep(line: dict) -> bool:
+            evaluated = "set" in line or any(name.startswith("eval/") for name in line)
+            before = line["step"] <= done if evaluated else line["step"] < done
+            return line["stage"] not in later and (line["stage"] != stage or before)
+
         for path in (self.metrics_path, self.samples_path):
-            self._keep(
-                path, lambda line: line["stage"] not in later and not (line["stage"] == stage and line["step"] >= step)
-            )
+            self._keep(path, keep)
 
     @staticmethod
     def _keep(path: Path, keep: Callable[[dict], bool]) -> None:

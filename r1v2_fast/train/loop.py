@@ -90,7 +90,7 @@ def learning_rate(config: Optimizer, step: int, steps: int) -> float:
 
 def evaluate_sets(context: Context, stage: str, step: int, *, records: int | None) -> dict[str, float]:
     """Every evaluation set, logged as eval/<set>/<metric>."""
-    metrics = {}
+    metrics: dict[str, float] = {}
     for name, file in context.recipe.evaluation.sets.items():
         dataset = context.corpus.dataset(file)
         result = evaluate(context.policy, context.reader, dataset, context.recipe.evaluation, records=records)

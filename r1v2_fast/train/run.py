@@ -51,10 +51,11 @@ def train(recipe: Recipe, *, resume: bool = False, log: Log | None = None) -> Pa
         if fresh:
             context.use(loaded)
             if name != "align":  # a model that can answer already is measured before it changes
+                log.rewind(name, -1, ["start"])
                 _report(context, "start", evaluate_sets(context, "start", 0, records=None))
             fresh = False
         stage = STAGES[name](context, getattr(recipe, name))
-        run_stage(context, stage, later=recipe.run.stages[index + 1 :])
+        run_stage(context, stage, later=list(recipe.run.stages[index + 1 :]))
         if isinstance(stage, RewardStage):
             stage.model.train_parts([])
             for parameter in stage.model.head.parameters():
