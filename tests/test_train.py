@@ -242,6 +242,15 @@ def test_ready_pairs_train_without_sampling(tmp_path, overrides):
     ]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, records)))
     more = ("run.stages=[mpo]", "mpo.sampling=null", "mpo.rewards=[]", "mpo.pairs=4", f"mpo.data={tmp_path}/pairs.jsonl")
-    folder = run.train(tiny(tmp_path / "a", overrides, *more, "mpo.steps=12"))
+    folder = run.train(tiny(tmp_path / "a", overrides, *more, "mpo.steps=12", "mpo.train=[llm]"))
     losses = [line["loss"] for line in read(folder / "metrics.jsonl") if "loss" in line]
     assert len(losses) == 12 and losses[-1] < losses[0] and not any(map(math.isnan, losses))
+
+
+def test_records_without_images_keep_the_adapter_in_the_graph(tmp_path, overrides, capsys):
+    record = {"id": "0", "prompt": "Add the digits.", "chosen": "<think>1</think>1", "rejected": "2 2"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(record))
+    more = ("run.stages=[mpo]", "mpo.sampling=null", "mpo.rewards=[]", "mpo.pairs=1", f"mpo.data={tmp_path}/pairs.jsonl")
+    run.train(tiny(tmp_path / "a", overrides, *more))
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("the gradient is exactly 0") == 1

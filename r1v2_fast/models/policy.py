@@ -59,8 +59,12 @@ class Backbone:
         expected = 0 if images is None else images.shape[0]
         if (got := int(places.sum())) != expected:
             raise ValueError(f"the prompts hold {got} image tokens, their images make {expected}")
-        if images is None:
-            return embeddings
+        if images is None:  # the adapter stays in the graph: a rank whose batch has no image still joins its gradient
+            if not torch.is_grad_enabled():
+                return embeddings
+            config = self.internvl.config
+            width = config.vision_config.hidden_size * round(1 / config.downsample_ratio) ** 2
+            return embeddings + 0.0 * self.internvl.multi_modal_projector(embeddings.new_zeros(1, width)).sum()
         return embeddings.masked_scatter(places.unsqueeze(-1), images.to(embeddings.dtype))
 
     def hidden(self, batch) -> torch.Tensor:

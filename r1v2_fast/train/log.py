@@ -21,11 +21,15 @@ class Log:
         self.metrics_path = folder / "metrics.jsonl"
         self.samples_path = folder / "samples.jsonl"
         self.console = console or Console(highlight=False)
+        self._said: set[str] = set()
         self._progress: Progress | None = None
         self._task: Any = None
 
-    def say(self, sentence: str) -> None:
-        self.console.print(sentence)
+    def say(self, sentence: str, *, once: str | None = None) -> None:
+        """Print a sentence; one with the same `once` is said a single time."""
+        if once is None or once not in self._said:
+            self.console.print(sentence)
+            self._said.add(once or "")
 
     def start(self, stage: str, total: int, completed: int) -> None:
         self._progress = Progress(

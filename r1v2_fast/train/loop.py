@@ -74,6 +74,12 @@ def _update(
         raise RuntimeError(
             f"stage {stage.name}, step {step}: the gradient norm is {norm.item()}; the last checkpoint is intact"
         )
+    if norm == 0:
+        stage.context.log.say(
+            f"[{stage.name} step {step}] the gradient is exactly 0: nothing reaches the parts that train. The adapter "
+            "learns only from records with images.",
+            once="zero gradient",
+        )
     optimizer.step()
     stage.after_step()
     metrics.update({"loss": loss.detach(), "grad_norm": norm, "learning_rate": rate})
