@@ -30,7 +30,9 @@ TINY = [
 @pytest.fixture
 def overrides(tmp_path):
     reward = tmp_path / "reward.py"
-    reward.write_text("def digits(prompts, completions, **_):\n    return [float(any(map(str.isdigit, c[:9]))) for c in completions]\n")
+    reward.write_text(
+        "def digits(prompts, completions, **_):\n    return [float(any(map(str.isdigit, c[:9]))) for c in completions]\n"
+    )
     return [text % {"reward": f"{reward}:digits"} if "%(" in text else text for text in TINY]
 
 
@@ -96,7 +98,9 @@ def test_only_the_adapter_moves_in_the_policy_stages_and_the_run_reports(tmp_pat
 @pytest.fixture(scope="module")
 def context(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    recipe = config.load("digits", [f"run.folder={folder}", "data.sizes={align: 16, policy: 16, reward: 16, heldout: 16}"])
+    recipe = config.load(
+        "digits", [f"run.folder={folder}", "data.sizes={align: 16, policy: 16, reward: 16, heldout: 16}"]
+    )
     context = Context(recipe, folder, Log(folder))
     context.use(context.initial())
     context.policy.train_parts(["adapter"])
@@ -238,10 +242,17 @@ def test_equal_rewards_everywhere_are_explained_in_a_sentence(tmp_path, override
 
 def test_ready_pairs_train_without_sampling(tmp_path, overrides):
     records = [
-        {"id": str(i), "prompt": f"Add the digits {i}.", "chosen": "<think>1</think>1", "rejected": "2 2"} for i in range(6)
+        {"id": str(i), "prompt": f"Add the digits {i}.", "chosen": "<think>1</think>1", "rejected": "2 2"}
+        for i in range(6)
     ]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, records)))
-    more = ("run.stages=[mpo]", "mpo.sampling=null", "mpo.rewards=[]", "mpo.pairs=4", f"mpo.data={tmp_path}/pairs.jsonl")
+    more = (
+        "run.stages=[mpo]",
+        "mpo.sampling=null",
+        "mpo.rewards=[]",
+        "mpo.pairs=4",
+        f"mpo.data={tmp_path}/pairs.jsonl",
+    )
     folder = run.train(tiny(tmp_path / "a", overrides, *more, "mpo.steps=12", "mpo.train=[llm]"))
     losses = [line["loss"] for line in read(folder / "metrics.jsonl") if "loss" in line]
     assert len(losses) == 12 and losses[-1] < losses[0] and not any(map(math.isnan, losses))
@@ -250,7 +261,13 @@ def test_ready_pairs_train_without_sampling(tmp_path, overrides):
 def test_records_without_images_keep_the_adapter_in_the_graph(tmp_path, overrides, capsys):
     record = {"id": "0", "prompt": "Add the digits.", "chosen": "<think>1</think>1", "rejected": "2 2"}
     (tmp_path / "pairs.jsonl").write_text(json.dumps(record))
-    more = ("run.stages=[mpo]", "mpo.sampling=null", "mpo.rewards=[]", "mpo.pairs=1", f"mpo.data={tmp_path}/pairs.jsonl")
+    more = (
+        "run.stages=[mpo]",
+        "mpo.sampling=null",
+        "mpo.rewards=[]",
+        "mpo.pairs=1",
+        f"mpo.data={tmp_path}/pairs.jsonl",
+    )
     run.train(tiny(tmp_path / "a", overrides, *more))
     said = " ".join(capsys.readouterr().out.split())
     assert said.count("the gradient is exactly 0") == 1

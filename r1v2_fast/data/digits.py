@@ -1,7 +1,8 @@
 """The digits dataset: scikit-learn's scans of handwritten digits, two side by side, with questions about them.
 
 Held-out scans are never trained on, and the reward model's scans are not the policy's. The policy stages see low
-contrast, which the aligned model has not met: there it misreads and makes digits up, and reinforcement can mend it.
+contrast among the clean, which the aligned model has not met: there it misreads and makes digits up, and reinforcement
+can mend it.
 """
 
 from __future__ import annotations
@@ -46,10 +47,9 @@ def low_contrast(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.clip(0.65 * picture + 0.35 * (1 - picture) + rng.normal(0, 0.1, picture.shape), 0, 1)
 
 
-def varied_light(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Clean pictures as scanners differ: contrast 0.6 to 1 about mid grey, noise up to 0.05."""
-    contrast, noise = rng.uniform(0.6, 1.0), rng.uniform(0.0, 0.05)
-    return np.clip(0.5 + contrast * (picture - 0.5) + rng.normal(0, noise, picture.shape), 0, 1)
+def mixed_light(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Low contrast for three pictures in four, so that what works on clean ones is not unlearned."""
+    return low_contrast(picture, rng) if rng.random() < 0.75 else picture
 
 
 def write(folder: str | Path, *, seed: int, sizes: dict[str, int] | None = None) -> None:
@@ -71,9 +71,9 @@ def write(folder: str | Path, *, seed: int, sizes: dict[str, int] | None = None)
     shutil.rmtree(temporary, ignore_errors=True)
     (temporary / "images").mkdir(parents=True)
     plan: list[tuple[str, np.ndarray, Light]] = [
-        ("align", train, varied_light),
-        ("policy", train, low_contrast),
-        ("reward", reward, low_contrast),
+        ("align", train, None),
+        ("policy", train, mixed_light),
+        ("reward", reward, mixed_light),
     ]
     for index, (name, pool, light) in enumerate(plan):
         rng = np.random.default_rng([seed, 1, index])
@@ -105,8 +105,7 @@ def _scans() -> tuple[np.ndarray, np.ndarray]:
 def _row(name, index, scans, labels, pool, light, rng, noise) -> dict:
     left, right = rng.choice(pool, 2)
     digits = [str(labels[left]), str(labels[right])]
-    picture = np.zeros((16, 16))
-    picture[4:12, :8], picture[4:12, 8:] = scans[left], scans[right]
+    picture = np.hstack([scans[left], scans[right]]).repeat(2, axis=0)  # 16 x 16: the picture is filled
     if rng.random() < 0.25:
         half = int(rng.integers(2))
         digits[half] = EMPTY

@@ -12,7 +12,7 @@ import torch
 
 from r1v2_fast.ops import _backend
 
-_backend.register("group_advantage")
+_backend.register("group_advantage", ("triton", _backend.triton_why_not))
 
 
 class GroupAdvantages(NamedTuple):
@@ -61,8 +61,9 @@ def group_advantages(
     informative     max - min > informative_tol over the finite values of informative_from (default: r)
     NaN             a NaN component is skipped; all NaN: outside its group's statistics, advantage 0
     differentiable  nothing: advantages are constants of the policy gradient
+    backend         "triton": one launch, statistics in fp32; "torch": statistics in fp64, and every case
     raises          ValueError on wrong shapes, offsets (looked at on the CPU) or names; RuntimeError where the backend
-                    cannot run
+                    cannot run: Triton has no gdpo, no scale="batch" (both need the whole batch first) and no fp64
     source          DeepSeekMath (2402.03300) section 4.1.2; Skywork R1V2 (2504.16656) eq. 6; GDPO (2601.05242)
     """
     given = {
@@ -90,12 +91,24 @@ def group_advantages(
     offsets = _offsets(groups, count, rewards.device)
     weights = rewards_NR.new_ones(components) if component_weights is None else component_weights.to(rewards_NR)
     deciding = None if informative_from is None else informative_from.detach().to(rewards_NR)
-    _backend.pick("group_advantage", backend, rewards)
+    chosen = _backend.pick("group_advantage", backend, rewards)
+    if chosen == "triton" and (reason := _triton_lacks(aggregate, scale, wide)):
+        if backend == "triton":
+            raise RuntimeError(f"group_advantage cannot run with backend='triton': {reason}; use backend='torch'")
+        chosen = "torch"
     arguments = (
         rewards_NR, offsets, weights, deciding, aggregate, baseline, scale, correction, eps, eps_mode, singleton,
         informative_tol, zero_uninformative,
     )  # fmt: skip
-    return GroupAdvantages(*_torch_op(*arguments))
+    return GroupAdvantages(*(_triton_op if chosen == "triton" else _torch_op)(*arguments))
+
+
+def _triton_lacks(aggregate: str, scale: str, dtype: torch.dtype) -> str | None:
+    if aggregate == "gdpo" or scale == "batch":
+        return (
+            f"aggregate={aggregate!r} with scale={scale!r} needs the whole batch's moments before the first advantage"
+        )
+    return "it computes in fp32 and the rewards are fp64" if dtype == torch.float64 else None
 
 
 def groups_from_ids(ids: torch.Tensor | np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -137,12 +150,35 @@ def _offsets(groups: int | torch.Tensor, count: int, device: torch.device) -> to
     return groups.to(device, torch.int64)
 
 
-torch.library.define(
-    "r1v2_fast::group_advantage",
+_SCHEMA = (
     "(Tensor rewards, Tensor offsets, Tensor weights, Tensor? informative_from, str aggregate, str baseline, str scale, "
     "int correction, float eps, str eps_mode, str singleton, float informative_tol, bool zero_uninformative) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor)"
 )
+torch.library.define("r1v2_fast::group_advantage", _SCHEMA)
+torch.library.define("r1v2_fast::group_advantage_triton", _SCHEMA)
+
+
+@torch.library.impl("r1v2_fast::group_advantage_triton", "default")
+def _triton_impl(
+    rewards_NR, offsets, weights, deciding, aggregate, baseline, scale, correction, eps, eps_mode, singleton, tol, zero
+):
+    from r1v2_fast.kernels import group_advantage as kernel  # Triton is imported when a kernel is wanted, not before
+
+    return kernel.launch(
+        rewards_NR.contiguous(),
+        offsets.contiguous(),
+        weights.contiguous(),
+        None if deciding is None else deciding.contiguous(),
+        leave_one_out=baseline == "leave_one_out",
+        divide=scale == "group",
+        correction=correction,
+        eps=eps,
+        clamp=eps_mode == "clamp",
+        raw_singleton=singleton == "raw",
+        tol=tol,
+        zero_uninformative=zero,
+    )
 
 
 @torch.library.impl("r1v2_fast::group_advantage", "default")
@@ -219,6 +255,7 @@ def _centre(values, group_N, groups, baseline, scale, correction, eps, eps_mode,
     return deviation.masked_fill(silent, 0), mean, std
 
 
+@torch.library.register_fake("r1v2_fast::group_advantage_triton")
 @torch.library.register_fake("r1v2_fast::group_advantage")
 def _fake(rewards_NR, offsets, *arguments):
     per_group = rewards_NR.new_empty(len(offsets) - 1)
@@ -229,3 +266,4 @@ def _fake(rewards_NR, offsets, *arguments):
 
 
 _torch_op = torch.ops.r1v2_fast.group_advantage.default
+_triton_op = torch.ops.r1v2_fast.group_advantage_triton.default
