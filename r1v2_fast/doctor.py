@@ -7,7 +7,10 @@ import platform
 
 import torch
 
-from r1v2_fast import ops  # noqa: F401  (registers the backends)
+from r1v2_fast import (
+    _native,
+    ops,  # noqa: F401  (registers the backends)
+)
 from r1v2_fast._version import __version__
 from r1v2_fast.ops import _backend
 
@@ -26,11 +29,21 @@ def run(require: list[str]) -> int:
         print(f"  GPU {torch.cuda.get_device_name()}")
     else:
         print("  no CUDA device")
+    native = _native.module()
+    if isinstance(native, ImportError):
+        print(f"  _C is out: {_native.why_not('cpu')}")
+    else:
+        runtime, _ = native.cuda_versions()
+        built = (
+            f"CUDA {runtime // 1000}.{runtime % 1000 // 10} for {native.cuda_architectures}" if runtime else "no CUDA"
+        )
+        print(f"  _C built with {built}")
     running = set()
     for device in devices:
         print(f"\non {device}")
         for op in _backend.ops():
-            print(f"  {op:<18} {_backend.auto(op, device)}")
+            chosen = _backend.auto(op, device)
+            print(f"  {op:<18} {chosen}{' (its C++ twin)' if (chosen, device) == ('cuda', 'cpu') else ''}")
             for verdict in _backend.verdicts(op, device):
                 if verdict.why_not is None:
                     running.add(verdict.backend)

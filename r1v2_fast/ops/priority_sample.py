@@ -6,10 +6,11 @@ from typing import NamedTuple
 
 import torch
 
+from r1v2_fast import _native
 from r1v2_fast.ops import _backend
 from r1v2_fast.reference import priority_sample as reference
 
-_backend.register("priority_sample")
+_backend.register("priority_sample", ("cuda", _native.why_not))
 
 
 class PrioritySample(NamedTuple):
@@ -35,7 +36,9 @@ def sample_by_priority(
     replacement     False: sequential weighted sampling; True: inverse CDF on fp64 cumulative sums
     check           True looks at the values (one sync on a device); False gives index -1 where nothing can be drawn
     differentiable  nothing
-    raises          ValueError on NaN, infinite or negative priorities, or k beyond the positive ones
+    backend         "cuda": keys in one launch, on the CPU by its C++ twin, without replacement; "torch": every case
+    raises          ValueError on NaN, infinite or negative priorities, or k beyond the positive ones; RuntimeError where
+                    the backend cannot run
     source          Efraimidis and Spirakis (2006); R1V2 (2504.16656) section 3.3.2: priority = |advantage|
     """
     if priorities.dim() != 1 or not priorities.is_floating_point():
@@ -44,10 +47,17 @@ def sample_by_priority(
         raise ValueError(f"k and alpha must be 0 or more, got {k} and {alpha}")
     if not 0 <= seed < 1 << 63:
         raise ValueError(f"seed must lie in [0, 2^63), got {seed}")
-    _backend.pick("priority_sample", backend, priorities)
+    chosen = _backend.pick("priority_sample", backend, priorities)
+    if chosen == "cuda" and replacement:
+        if backend == "cuda":
+            raise RuntimeError(
+                "priority_sample cannot run with backend='cuda': it draws without replacement only; use backend='torch'"
+            )
+        chosen = "torch"
     if check:
         _check(priorities, k, replacement)
-    return PrioritySample(*_op(priorities.detach(), k, seed, float(alpha), replacement))
+    op = _native_op if chosen == "cuda" else _op
+    return PrioritySample(*op(priorities.detach(), k, seed, float(alpha), replacement))
 
 
 def _check(priorities: torch.Tensor, k: int, replacement: bool) -> None:
@@ -60,19 +70,28 @@ def _check(priorities: torch.Tensor, k: int, replacement: bool) -> None:
         raise ValueError(f"cannot draw k = {k} from {positive} positive priorities of {len(priorities)}")
 
 
-torch.library.define(
-    "r1v2_fast::priority_sample",
-    "(Tensor priorities, SymInt k, int seed, float alpha, bool replacement) -> (Tensor, Tensor)",
-)
+_SCHEMA = "(Tensor priorities, SymInt k, int seed, float alpha, bool replacement) -> (Tensor, Tensor)"
+torch.library.define("r1v2_fast::priority_sample", _SCHEMA)
+torch.library.define("r1v2_fast::priority_sample_native", _SCHEMA)
 
 
 @torch.library.impl("r1v2_fast::priority_sample", "default")
 def _impl(priorities, k, seed, alpha, replacement):
+    return _drawn(priorities, k, alpha, lambda usable: reference.sample(usable, k, seed, alpha, replacement))
+
+
+@torch.library.impl("r1v2_fast::priority_sample_native", "default")
+def _native_impl(priorities, k, seed, alpha, replacement):
+    assert not replacement
+    return _drawn(priorities, k, alpha, lambda usable: reference.smallest(_native.race_keys(usable, seed, alpha), k))
+
+
+def _drawn(priorities, k, alpha, draw):
     usable = priorities.where(priorities.isfinite() & (priorities > 0), 0)
     wide = torch.float64 if priorities.dtype == torch.float64 else torch.float32
     indices = torch.full((k,), -1, dtype=torch.int64, device=priorities.device)
     if k and len(priorities):
-        drawn = reference.sample(usable, k, seed, alpha, replacement)
+        drawn = draw(usable)
         indices[: len(drawn)] = drawn
         indices.masked_fill_(usable[indices.clamp(min=0)] <= 0, -1)
     mass = torch.where(usable > 0, usable.double() ** alpha, 0)
@@ -80,6 +99,7 @@ def _impl(priorities, k, seed, alpha, replacement):
     return indices, share.masked_fill(indices < 0, 0).to(wide)
 
 
+@torch.library.register_fake("r1v2_fast::priority_sample_native")
 @torch.library.register_fake("r1v2_fast::priority_sample")
 def _fake(priorities, k, seed, alpha, replacement):
     wide = torch.float64 if priorities.dtype == torch.float64 else torch.float32
@@ -87,3 +107,4 @@ def _fake(priorities, k, seed, alpha, replacement):
 
 
 _op = torch.ops.r1v2_fast.priority_sample.default
+_native_op = torch.ops.r1v2_fast.priority_sample_native.default

@@ -53,10 +53,15 @@ def race_keys(priorities_N: torch.Tensor, seed: int, alpha: float) -> torch.Tens
     return keys.masked_fill(priorities_N <= 0, torch.inf)
 
 
+def smallest(keys_N: torch.Tensor, k: int) -> torch.Tensor:
+    """Indices of the k smallest keys in ascending order, ties by lower index."""
+    return torch.sort(keys_N, stable=True).indices[:k]
+
+
 def sample(priorities_N: torch.Tensor, k: int, seed: int, alpha: float, replacement: bool) -> torch.Tensor:
     """Indices [k]: the k smallest keys in ascending order, ties by lower index; or k draws by inverse CDF."""
     if not replacement:
-        return torch.sort(race_keys(priorities_N, seed, alpha), stable=True).indices[:k]
+        return smallest(race_keys(priorities_N, seed, alpha), k)
     mass = torch.where(priorities_N > 0, priorities_N.double() ** alpha, 0)
     cumulative = mass.cumsum(0)
     words = philox(torch.arange(k, dtype=torch.int64, device=priorities_N.device), seed)
