@@ -18,6 +18,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+DEFAULT_ARCHS = ["80", "90a", "100", "120"]
 NVCC_HINT = "install the CUDA toolkit 12.8 or newer and set CUDA_HOME, or build the CPU half with R1V2_FAST_CUDA=0"
 
 
@@ -41,11 +42,20 @@ def nvcc() -> str | None:
     return None
 
 
-def architectures() -> list[str]:
-    archs = os.environ.get("R1V2_FAST_ARCHS", "80 90a 100 120").replace(",", " ").split()
-    if not archs or not all(arch.rstrip("af").isdigit() for arch in archs):
-        raise SystemExit(f"R1V2_FAST_ARCHS must list architectures such as '80 90a', got {archs}")
-    return archs
+def architectures(nvcc: str) -> list[str]:
+    """Those asked for; of the default ones, those this nvcc knows."""
+    if (wish := os.environ.get("R1V2_FAST_ARCHS")) is not None:
+        archs = wish.replace(",", " ").split()
+        if not archs or not all(arch.rstrip("af").isdigit() for arch in archs):
+            raise SystemExit(f"R1V2_FAST_ARCHS must list architectures such as '80 90a', got {archs}")
+        return archs
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    known = [arch for arch in DEFAULT_ARCHS if f"compute_{arch.rstrip('a')}" in listed]
+    if len(known) < len(DEFAULT_ARCHS):
+        if not known and os.environ.get("R1V2_FAST_CUDA") == "1":
+            raise SystemExit(f"R1V2_FAST_CUDA=1, but {nvcc} knows none of {DEFAULT_ARCHS}; {NVCC_HINT}")
+        print(f"r1v2_fast: this nvcc knows {known or 'none'} of {DEFAULT_ARCHS}; a newer one covers more cards")
+    return known
 
 
 class NinjaBuild(build_ext):
@@ -73,7 +83,8 @@ class NinjaBuild(build_ext):
     def rules(compiler: str, headers: str, cuda: str | None, library: Path) -> str:
         import pybind11
 
-        names = architectures() if cuda else []
+        names = architectures(cuda) if cuda else []
+        cuda = cuda if names else None
         host = "-fPIC -fvisibility=hidden -Wall"
         common = f"-O3 -std=c++17 -isystem {headers} -isystem {pybind11.get_include()}"
         common += f" -DR1V2_FAST_ARCHITECTURES='\"{' '.join(names)}\"'"
