@@ -148,12 +148,14 @@ def _impl(
     def sums(values):
         return values.new_zeros(2 * pairs).index_add(0, rows, values)
 
-    lengths = offsets.diff().to(logprobs.dtype)
+    wide = logprobs.dtype  # fp64 inside: index_add adds one by one, and what follows has one entry a pair
+    logprobs, reference, delta = logprobs.double(), reference.double(), delta.double()
+    lengths = offsets.diff().double()
     chosen, rejected = (beta * sums(logprobs - reference)).split(pairs)
-    w = torch.ones_like(chosen) if pair_weights is None else pair_weights
-    over_pairs = torch.full_like(delta, pairs) if normalizer is None else normalizer
+    w = torch.ones_like(chosen) if pair_weights is None else pair_weights.double()
+    over_pairs = torch.full_like(delta, pairs) if normalizer is None else normalizer.double()
     default = torch.full_like(delta, pairs) if per_sequence else lengths[:pairs].sum()
-    over_generated = default if generation_normalizer is None else generation_normalizer
+    over_generated = default if generation_normalizer is None else generation_normalizer.double()
     gap = chosen - rejected
     preference = -(w * ((1 - smoothing) * F.logsigmoid(gap) + smoothing * F.logsigmoid(-gap))).sum() / over_pairs
     quality = -(w * (F.logsigmoid(chosen - delta) + F.logsigmoid(delta - rejected))).sum() / over_pairs
@@ -166,7 +168,8 @@ def _impl(
     rejected_slope = beta * (w2 * w * (rejected - delta).sigmoid() / over_pairs - pull)
     grad = torch.cat([chosen_slope, rejected_slope])[rows]
     loss = w1 * preference + w2 * quality + w3 * generated
-    return loss, preference, quality, generated, chosen.clone(), rejected.clone(), grad
+    # copies: an op must not return two views of one tensor
+    return tuple(value.to(wide, copy=True) for value in (loss, preference, quality, generated, chosen, rejected, grad))
 
 
 @torch.library.register_fake("r1v2_fast::mpo_loss")

@@ -192,11 +192,12 @@ def _impl(
             term = term + kl_coef * kl
             slope = slope + kl_coef * kl_slope.where(free & live, 0)
 
-    # every sum goes through its sequence's own, so padding cannot change the order of additions
+    # every sum goes through its sequence's own, so padding cannot change the order of additions; fp64, because
+    # index_add adds one by one
     def per_sequence(values):
-        return values.new_zeros(sequences).index_add(0, rows, values)
+        return values.new_zeros(sequences, dtype=torch.float64).index_add(0, rows, values.double())
 
-    lengths = per_sequence(live.to(term.dtype))
+    lengths = per_sequence(live)
     nonempty = (lengths > 0).sum().clamp(min=1)
     tokens = lengths.sum().clamp(min=1)
     default = {
@@ -206,13 +207,13 @@ def _impl(
         "seq_mean_token_sum_norm": torch.full_like(tokens, max(sequences * longest, 1)),
         "seq_mean_token_mean": nonempty,
     }[aggregate]
-    divisor = (default if normalizer is None else normalizer).to(term.dtype)
+    divisor = default if normalizer is None else normalizer.double()
     share = 1 / lengths.clamp(min=1) if aggregate == "seq_mean_token_mean" else torch.ones_like(lengths)
-    loss = (per_sequence(term) * share).sum() / divisor
-    grad = slope * (share[rows] if sequences else share.new_ones(len(rows))) / divisor
+    loss = ((per_sequence(term) * share).sum() / divisor).to(term.dtype)
+    grad = slope * ((share[rows] if sequences else share.new_ones(len(rows))) / divisor).to(term.dtype)
 
     def token_mean(values):
-        return per_sequence(values.to(term.dtype).where(live, 0)).sum() / tokens
+        return (per_sequence(values.where(live, 0)).sum() / tokens).to(term.dtype)
 
     low = (ratio < 1 - clip_low) & (advantages < 0)
     high = (ratio > 1 + clip_high) & (advantages > 0)

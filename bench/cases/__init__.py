@@ -1,0 +1,1 @@
+"""One file an op: shapes, bytes, FLOPs and providers."""
