@@ -19,6 +19,7 @@ LAYERS = {
     "train": {"ops", "buffer", "models", "data", "judge"},
     "report": {"data", "train"},
     "doctor": {"ops", "_version", "_native"},
+    "__main__": {"cli"},
     "cli": {"train", "models", "report", "doctor", "_version"},
 }
 

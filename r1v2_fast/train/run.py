@@ -70,10 +70,11 @@ def train(recipe: Recipe, *, resume: bool = False, log: Log | None = None) -> Pa
 
 
 def _claim(folder: Path, recipe: Recipe, resume: bool) -> None:
-    """The run folder belongs to one resolved recipe."""
+    """The run folder belongs to one resolved recipe, from its first measured step on."""
     path = folder / "recipe.yaml"
+    started = any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints", "stages"))
     text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-    if path.is_file():
+    if started and path.is_file():
         if not resume:
             raise ValueError(f"{folder} holds a run; add --resume to go on with it, or choose another run.folder")
         if path.read_text() != text:
