@@ -304,3 +304,59 @@ def test_any_shape_and_scale_follows_the_relative_rule(n, h, v, seed, scale):
     ours = linear_logprobs(hidden, weight, targets).logprobs
     assert_as_accurate(ours, plain, truth)
     assert (ours <= 0).all()
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    n=st.integers(0, 9),
+    v=st.integers(2, 40),
+    seed=st.integers(0, 999),
+    scale=st.sampled_from([0.1, 1, 30]),
+    temperature=st.floats(0.2, 5.0),
+)
+def test_any_logits_follow_the_relative_rule(n, v, seed, scale, temperature):
+    g = torch.Generator().manual_seed(seed)
+    logits = (torch.randn(n, v, generator=g) * scale).requires_grad_()
+    targets, upstream = torch.randint(0, v, (n,), generator=g), torch.randn(n, generator=g)
+
+    def plain(to):
+        leaf = logits.detach().to(to).requires_grad_()
+        value = (leaf / temperature).log_softmax(1).gather(1, targets[:, None]).squeeze(1)
+        return value.detach(), torch.autograd.grad(value, leaf, upstream.to(to))[0]
+
+    ours = logprobs_from_logits(logits, targets, temperature=temperature).logprobs
+    grad = torch.autograd.grad(ours, logits, upstream)[0]
+    for value, same, exact in zip((ours.detach(), grad), plain(torch.float32), plain(torch.float64), strict=True):
+        assert_as_accurate(value, same, exact)
+
+
+def test_log_probs_from_logits_compile_into_one_graph():
+    g = torch.Generator().manual_seed(0)
+    logits, targets = torch.randn(5, 11, generator=g), torch.randint(0, 11, (5,), generator=g)
+
+    def grads(function):
+        leaf = logits.clone().requires_grad_()
+        out = function(leaf * 1.0)
+        (out.logprobs.sum() + out.entropy.sum()).backward()
+        return out.logprobs.detach(), leaf.grad
+
+    def step(z):
+        return logprobs_from_logits(z, targets, temperature=0.7, outputs=("entropy",), entropy_grad=True)
+
+    for ours, eager in zip(grads(torch.compile(step, fullgraph=True, backend="aot_eager")), grads(step), strict=True):
+        assert torch.equal(ours, eager)
+
+
+def test_autocast_chooses_the_compute_dtype_and_the_gradient_returns_in_the_inputs():
+    hidden, weight, _, targets, _ = inputs()
+    leaf = hidden.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = linear_logprobs(leaf, weight, targets).logprobs
+    ours.sum().backward()
+    half = hidden.bfloat16().requires_grad_()
+    own = linear_logprobs(half, weight.bfloat16(), targets).logprobs
+    own.sum().backward()
+    assert ours.dtype == torch.float32 and torch.equal(ours, own)
+    assert leaf.grad.dtype == torch.float32 and torch.equal(leaf.grad, half.grad.float())
+    with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
+        assert not torch.equal(linear_logprobs(hidden, weight, targets).logprobs, ours.detach())

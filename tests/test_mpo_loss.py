@@ -1,7 +1,11 @@
 """mpo_loss against its reference, and the running shift."""
 
+import itertools
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from r1v2_fast.ops.mpo_loss import RewardShift, _op, mpo_loss
 from r1v2_fast.reference import mpo_loss as reference
@@ -117,3 +121,26 @@ def test_opcheck_accepts_it_and_it_compiles_into_one_graph():
 def test_wrong_arguments_say_what_was_expected_and_what_came(offsets, options, message):
     with pytest.raises(ValueError, match=message):
         mpo_loss(torch.zeros(12), torch.zeros(12), offsets, **options)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    lengths=st.lists(st.integers(1, 6), min_size=1, max_size=5),
+    spread=st.sampled_from([0.01, 1.0, 100.0]),
+    generation=st.sampled_from(["sequence", "token"]),
+    seed=st.integers(0, 999),
+)
+def test_any_pairs_follow_the_relative_rule(lengths, spread, generation, seed):
+    g = torch.Generator().manual_seed(seed)
+    offsets = [0, *itertools.accumulate(lengths + lengths[::-1])]
+    logprobs, ref = (-torch.rand(offsets[-1], generator=g) * spread for _ in range(2))
+
+    def run(function, to, where):
+        leaf = logprobs.to(to).requires_grad_()
+        out = function(leaf, ref.to(to), where, delta=0.3, generation=generation)
+        return [value.detach() for value in out] + [torch.autograd.grad(out[0], leaf)[0]]
+
+    ours = run(mpo_loss, torch.float32, torch.tensor(offsets))
+    plain, truth = (run(reference.mpo_loss, to, offsets) for to in (torch.float32, torch.float64))
+    for value, same, exact in zip(ours, plain, truth, strict=True):
+        assert_as_accurate(value, same, exact)

@@ -1,7 +1,11 @@
 """policy_loss against its reference in value and gradient, and the promises of its contract."""
 
+import itertools
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from r1v2_fast.ops.policy_loss import KINDS, _op, policy_loss
 from r1v2_fast.reference import policy_loss as reference
@@ -192,3 +196,31 @@ def test_wrong_arguments_say_what_was_expected_and_what_came(change, message):
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
         policy_loss(**{**arguments, **change})
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    lengths=st.lists(st.integers(0, 6), min_size=1, max_size=6),
+    kind=st.sampled_from(list(KINDS)),
+    spread=st.sampled_from([0.01, 1.0, 40.0]),
+    kl_coef=st.sampled_from([0.0, 0.3]),
+    seed=st.integers(0, 999),
+)
+def test_any_batch_follows_the_relative_rule(lengths, kind, spread, kl_coef, seed):
+    g = torch.Generator().manual_seed(seed)
+    n, offsets = sum(lengths), [0, *itertools.accumulate(lengths)]
+    logprobs, old, ref = (-torch.rand(n, generator=g) * spread for _ in range(3))
+    advantages = torch.randint(-1, 2, (len(lengths),), generator=g).float()
+    common = {"kl_coef": kl_coef, "normalizer": 20.0 if kind == "dr_grpo" else None}
+
+    def plain(to):
+        leaf = logprobs.to(to).requires_grad_()
+        own = advantages.to(to).repeat_interleave(torch.tensor(lengths))
+        value = reference.policy_loss(leaf, old.to(to), own, offsets, ref_N=ref.to(to), aggregate=KINDS[kind], **common)
+        return value.detach(), torch.autograd.grad(value, leaf)[0]
+
+    leaf = logprobs.clone().requires_grad_()
+    loss = policy_loss(leaf, old, advantages, offsets=torch.tensor(offsets), kind=kind, ref_logprobs=ref, **common).loss
+    ours = (loss.detach(), torch.autograd.grad(loss, leaf)[0])
+    for value, same, exact in zip(ours, plain(torch.float32), plain(torch.float64), strict=True):
+        assert_as_accurate(value, same, exact)

@@ -4,6 +4,8 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from r1v2_fast.ops.priority_sample import _op, sample_by_priority
 from r1v2_fast.reference import priority_sample as reference
@@ -90,3 +92,19 @@ def test_opcheck_accepts_it_and_it_compiles_into_one_graph():
         lambda w: sample_by_priority(w, 3, seed=1, check=False).indices, fullgraph=True, backend="aot_eager"
     )
     assert torch.equal(compiled(weights), sample_by_priority(weights, 3, seed=1).indices)
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    priorities=st.lists(st.floats(0, 2.0**99, width=32), min_size=1, max_size=40),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 2**63 - 1),
+    alpha=st.floats(0, 3),
+)
+def test_any_draw_is_distinct_positive_and_the_smallest_keys(priorities, share, seed, alpha):
+    values = torch.tensor(priorities)
+    k = int(share * int((values > 0).sum()))
+    out = sample_by_priority(values, k, seed=seed, alpha=alpha)
+    assert len(set(out.indices.tolist())) == k and bool((values[out.indices] > 0).all())
+    keys = reference.race_keys(values, seed, alpha)
+    assert torch.equal(keys[out.indices], keys.sort().values[:k])

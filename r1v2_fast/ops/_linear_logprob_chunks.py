@@ -63,7 +63,7 @@ def project(hidden_nH: torch.Tensor, head: Head, out_nV: torch.Tensor) -> None:
 def back_project(kept_nV: torch.Tensor, head: Head, compute: torch.dtype) -> torch.Tensor:
     """K W in the accumulator's precision, [n, H]."""
     weight, wide = head.weight, accumulator(compute)
-    if weight.dtype == kept_nV.dtype:
+    if weight.dtype == compute == kept_nV.dtype:
         return kept_nV @ weight
     if kept_nV.is_cuda and compute != torch.float32:
         return torch.mm(kept_nV.to(compute), weight.to(compute), out_dtype=torch.float32)
