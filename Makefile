@@ -1,5 +1,6 @@
 # make train   installs into .venv and runs the digits recipe     make test   passes the tests
 PYTHON ?= python3
+GPU_PYTHON ?= python3
 RECIPE ?= digits
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -27,11 +28,15 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/mypy
 
-bench: $(INSTALLED)
+bench: $(INSTALLED) # TRL is the peer on the CPU
+	$(BIN)/python -m pip install --quiet -c constraints.txt trl
 	$(BIN)/python -m bench
 
-gpu: $(INSTALLED)
-	$(BIN)/python -m pytest -m gpu
+gpu: # on a machine with a CUDA device, nvcc and GPU_PYTHON's torch; needs no network
+	R1V2_FAST_CUDA=1 $(GPU_PYTHON) setup.py build_ext --inplace
+	$(GPU_PYTHON) -m pytest -m gpu
+	compute-sanitizer --error-exitcode 1 $(GPU_PYTHON) -m pytest -m gpu tests/test_native.py
+	$(GPU_PYTHON) -m bench --device cuda --output bench/results/gpu.jsonl
 
 wheel: $(INSTALLED)
 	$(BIN)/python -m build --wheel --sdist
