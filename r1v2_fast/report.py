@@ -122,13 +122,18 @@ def _plot(at: dict[str, tuple[int, int]], stages: list[str], series: dict[str, P
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(10, 3.4), dpi=110, layout="constrained")
-    shown = [stage for stage in stages if any(p[0] == stage for points in series.values() for p in points)]
+    measured = [stage for stage in stages if any(p[0] == stage for points in series.values() for p in points)]
+    shown = stages[stages.index(measured[0]) : stages.index(measured[-1]) + 1]
+    unmeasured = [at[stage] for stage in shown if stage not in measured]  # a reward model leaves the policy as it is
     for stage in shown:
         start, steps = at[stage]
         axes.axvspan(start, start + steps, color=STAGE_COLOURS[stage], lw=0)
         axes.text(start + steps / 2, 1.02, stage, ha="center", transform=axes.get_xaxis_transform(), color="#5a6473")
     for colour, (name, points) in zip(LINE_COLOURS, series.items(), strict=False):
         placed = sorted((at[stage][0] + step, value) for stage, step, value in points if stage in at)
+        for start, steps in unmeasured:
+            if before := [value for x, value in placed if x <= start]:
+                placed = sorted([*placed, (start + steps, before[-1])])
         axes.plot([x for x, _ in placed], _smooth([y for _, y in placed]), color=colour, lw=1.8, label=name)
     axes.set_xlim(at[shown[0]][0], sum(at[shown[-1]]))
     axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))
