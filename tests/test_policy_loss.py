@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from r1v2_fast.ops.policy_loss import KINDS, _op, policy_loss
@@ -199,6 +199,7 @@ def test_wrong_arguments_say_what_was_expected_and_what_came(change, message):
 
 
 @settings(deadline=None, max_examples=40)
+@example(lengths=[2, 5], kind="grpo", spread=0.01, kl_coef=0.3, seed=1)  # terms of both signs cancel
 @given(
     lengths=st.lists(st.integers(0, 6), min_size=1, max_size=6),
     kind=st.sampled_from(list(KINDS)),

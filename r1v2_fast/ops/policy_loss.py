@@ -164,6 +164,10 @@ def _impl(
     log_ratio_clamp, kl_coef, kl_kind, behaviour_cap, aggregate, normalizer,
 ):  # fmt: skip
     bound = torch.inf if log_ratio_clamp is None else log_ratio_clamp
+    wide = logprobs.dtype  # fp64 inside: terms of both signs cancel in the sum, their rounding does not
+    logprobs, old, advantages = logprobs.double(), old.double(), advantages.double()
+    reference = None if reference is None else reference.double()
+    behaviour = None if behaviour is None else behaviour.double()
 
     def gap(a, b):
         """(a - b within the bound, whether the bound lets a gradient through), clean where masked."""
@@ -192,8 +196,7 @@ def _impl(
             term = term + kl_coef * kl
             slope = slope + kl_coef * kl_slope.where(free & live, 0)
 
-    # every sum goes through its sequence's own, so padding cannot change the order of additions; fp64, because
-    # index_add adds one by one
+    # every sum goes through its sequence's own, so padding cannot change the order of additions
     def per_sequence(values):
         return values.new_zeros(sequences, dtype=torch.float64).index_add(0, rows, values.double())
 
@@ -209,11 +212,11 @@ def _impl(
     }[aggregate]
     divisor = default if normalizer is None else normalizer.double()
     share = 1 / lengths.clamp(min=1) if aggregate == "seq_mean_token_mean" else torch.ones_like(lengths)
-    loss = ((per_sequence(term) * share).sum() / divisor).to(term.dtype)
-    grad = slope * ((share[rows] if sequences else share.new_ones(len(rows))) / divisor).to(term.dtype)
+    loss = ((per_sequence(term) * share).sum() / divisor).to(wide)
+    grad = (slope * (share[rows] if sequences else share.new_ones(len(rows))) / divisor).to(wide)
 
     def token_mean(values):
-        return (per_sequence(values.where(live, 0)).sum() / tokens).to(term.dtype)
+        return per_sequence(values.where(live, 0)).sum() / tokens
 
     low = (ratio < 1 - clip_low) & (advantages < 0)
     high = (ratio > 1 + clip_high) & (advantages > 0)
@@ -230,7 +233,7 @@ def _impl(
             token_mean(weights),
             _extreme(weights.where(live, -torch.inf), some, "amax"),
         ]
-    )
+    ).to(wide)
     return loss, grad, metrics
 
 
