@@ -56,9 +56,18 @@ def auto(op: str, device_type: str) -> str:
     raise AssertionError("unreachable: torch runs anywhere")
 
 
-def pick(op: str, backend: str, tensor: torch.Tensor) -> str:
-    """The backend to run `op` with on `tensor`'s device; raises ValueError (unknown) or RuntimeError (cannot run)."""
-    return _pick(op, backend, tensor.device.type)
+def pick(op: str, backend: str, tensor: torch.Tensor, *, lacks: tuple[str, str | None] = ("", None)) -> str:
+    """The backend to run `op` with on `tensor`'s device; raises ValueError (unknown) or RuntimeError (cannot run).
+
+    lacks  (a backend, why it has not the case at hand, or None): asked for it raises, `auto` takes torch
+    """
+    chosen = _pick(op, backend, tensor.device.type)
+    lacking, reason = lacks
+    if reason is None or chosen != lacking:
+        return chosen
+    if backend == chosen:
+        raise RuntimeError(f"{op} cannot run with backend={backend!r}: {reason}; use backend='torch'")
+    return "torch"
 
 
 @torch.compiler.assume_constant_result

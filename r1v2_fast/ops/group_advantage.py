@@ -91,11 +91,8 @@ def group_advantages(
     offsets = _offsets(groups, count, rewards.device)
     weights = rewards_NR.new_ones(components) if component_weights is None else component_weights.to(rewards_NR)
     deciding = None if informative_from is None else informative_from.detach().to(rewards_NR)
-    chosen = _backend.pick("group_advantage", backend, rewards)
-    if chosen == "triton" and (reason := _triton_lacks(aggregate, scale, wide)):
-        if backend == "triton":
-            raise RuntimeError(f"group_advantage cannot run with backend='triton': {reason}; use backend='torch'")
-        chosen = "torch"
+    lacks = ("triton", _triton_lacks(aggregate, scale, wide))
+    chosen = _backend.pick("group_advantage", backend, rewards, lacks=lacks)
     arguments = (
         rewards_NR, offsets, weights, deciding, aggregate, baseline, scale, correction, eps, eps_mode, singleton,
         informative_tol, zero_uninformative,

@@ -47,13 +47,8 @@ def sample_by_priority(
         raise ValueError(f"k and alpha must be 0 or more, got {k} and {alpha}")
     if not 0 <= seed < 1 << 63:
         raise ValueError(f"seed must lie in [0, 2^63), got {seed}")
-    chosen = _backend.pick("priority_sample", backend, priorities)
-    if chosen == "cuda" and replacement:
-        if backend == "cuda":
-            raise RuntimeError(
-                "priority_sample cannot run with backend='cuda': it draws without replacement only; use backend='torch'"
-            )
-        chosen = "torch"
+    lacks = ("cuda", "it draws without replacement only" if replacement else None)
+    chosen = _backend.pick("priority_sample", backend, priorities, lacks=lacks)
     if check:
         _check(priorities, k, replacement)
     op = _native_op if chosen == "cuda" else _op
