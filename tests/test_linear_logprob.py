@@ -224,21 +224,21 @@ def test_log_probs_from_logits_agree_with_the_reference(dtype, inplace):
 
 
 def test_opcheck_accepts_the_registered_ops():
-    module = importlib.import_module("r1v2_fast.ops.linear_logprob")
+    module = importlib.import_module("r1v2_fast.ops._linear_logprob_autograd")
     logits_module = importlib.import_module("r1v2_fast.ops._linear_logprob_logits")
     hidden, weight, bias, targets, upstream = inputs()
-    head = (None, 1.0, 1.0, None, -100, None)
     for matrix in (weight, weight.T.contiguous().T):
-        arguments = (hidden, matrix, bias, targets, *head, None, ["entropy"], True, True, 4, None)
-        torch.library.opcheck(module._forward, arguments)
-        torch.library.opcheck(module._entropy_unit_grad, (hidden, matrix, bias, targets, *head, None, None))
-        kept, weights = module._forward(*arguments)[-2:]
-        torch.library.opcheck(
-            module._head_grads, (hidden, matrix, bias, targets, *head, None, kept, weights, upstream, None, None)
-        )
+        shared = (hidden, matrix, bias, targets, None, 1.0, 1.0, None, -100, None, None, None, "", "torch")
+        torch.library.opcheck(module._forward, (*shared, ["entropy"], True, True, 4, 0.0))
+        torch.library.opcheck(module._entropy_unit_grad, shared)
+        kept = module._forward(*shared, ["entropy"], True, True, 4, 0.0)[-3:]
+        torch.library.opcheck(module._head_grads, (*shared, *kept, upstream, None))
     logits = hidden @ weight.T
-    torch.library.opcheck(logits_module._forward, (logits, targets, None, 1.0, None, None, -100, ["entropy"]))
-    torch.library.opcheck(logits_module._backward, (logits, targets, None, 1.0, None, None, -100, upstream, None))
+    shared = (targets, None, 1.0, None, None, -100, "torch")
+    torch.library.opcheck(logits_module._forward, (logits, *shared, ["entropy"]))
+    known = logits_module._forward(logits, *shared, ["entropy"])[-1]
+    torch.library.opcheck(logits_module._backward, (logits, *shared, known, upstream, upstream))
+    torch.library.opcheck(logits_module._backward_inplace, (logits, *shared, known, upstream, None))
 
 
 def test_it_compiles_into_one_graph():

@@ -1,278 +1,307 @@
-"""Row chunks through the head: matmul, row pass, gradient matmul. No logits outlive their chunk unless kept.
+"""The loops over chunks: the forward with the hidden gradient made in it, and the head's gradients in the backward.
 
-N rows, H hidden, V vocabulary, n rows of a chunk. Halves: logits are fp32 accumulators, on CUDA by the matmul's
-out_dtype, on the CPU (which has none) by upcasting weight tiles; U and kept probabilities are in the compute dtype.
+N rows, H hidden, V vocabulary (of this shard), n rows of a chunk. No logits outlive their chunk unless kept. D and E as in
+`_linear_logprob_rows`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
-from r1v2_fast.ops._linear_logprob_rows import Rows, row_pass
+from r1v2_fast.ops import _linear_logprob_rows as rows
+from r1v2_fast.ops import _linear_logprob_sparse as sparse
+from r1v2_fast.ops._linear_logprob_matmul import accumulator, add_outer, back_project
+from r1v2_fast.ops._linear_logprob_pass import Chunk, Plan, padded, room, run_chunk
+from r1v2_fast.ops._linear_logprob_rows import Raw
 
-TILE_BYTES = 1 << 30  # logits of a chunk on a GPU
-CPU_TILE_BYTES = 16 << 20  # on a CPU a chunk that stays near the caches is faster
-KEPT_BYTES_CPU = 1 << 30
-UPCAST_BYTES = 64 << 20
 FP16_SCALE = 2.0**15  # kept probabilities in fp16 would go subnormal below 6e-5
 
 
-@dataclass(frozen=True)
-class Head:
-    """The head and what is done to its logits; all rows of a call share it but the per-row temperature."""
-
-    weight: torch.Tensor  # [V, H]
-    bias: torch.Tensor | None  # [V]
-    temperature: torch.Tensor | float  # [N], or one for all
-    logit_scale: float
-    softcap: float | None
-    forbidden: torch.Tensor | None
-
-    def inverse_temperature(self, rows: torch.Tensor | slice, dtype: torch.dtype) -> torch.Tensor | float:
-        if isinstance(self.temperature, torch.Tensor):
-            return self.temperature[rows].to(dtype).reciprocal()[:, None]
-        return 1.0 / self.temperature
-
-    def row_scale(self, rows: torch.Tensor | slice, dtype: torch.dtype) -> torch.Tensor | float:
-        """c = logit_scale / temperature, as [n, 1] or a float."""
-        return self.logit_scale * self.inverse_temperature(rows, dtype)
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def project(hidden_nH: torch.Tensor, head: Head, out_nV: torch.Tensor) -> None:
-    """logits = h W^T + b with the accumulator's precision, into `out_nV`."""
-    weight = head.weight
-    if hidden_nH.dtype == weight.dtype == out_nV.dtype:
-        torch.mm(hidden_nH, weight.T, out=out_nV)
-    elif hidden_nH.is_cuda and hidden_nH.dtype != torch.float32:
-        torch.mm(hidden_nH, weight.to(hidden_nH.dtype).T, out_dtype=torch.float32, out=out_nV)
-    else:
-        wide = hidden_nH.to(out_nV.dtype)
-        for tile in _weight_tiles(weight):
-            out_nV[:, tile] = wide @ weight[tile].to(hidden_nH.dtype).to(out_nV.dtype).T
-    if head.bias is not None:
-        out_nV.add_(head.bias)
-
-
-def back_project(kept_nV: torch.Tensor, head: Head, compute: torch.dtype) -> torch.Tensor:
-    """K W in the accumulator's precision, [n, H]."""
-    weight, wide = head.weight, accumulator(compute)
-    if weight.dtype == compute == kept_nV.dtype:
-        return kept_nV @ weight
-    if kept_nV.is_cuda and compute != torch.float32:
-        return torch.mm(kept_nV.to(compute), weight.to(compute), out_dtype=torch.float32)
-    out = kept_nV.new_zeros(len(kept_nV), weight.shape[1], dtype=wide)
-    for tile in _weight_tiles(weight):
-        out.addmm_(kept_nV[:, tile].to(wide), weight[tile].to(compute).to(wide))
-    return out
-
-
-def _weight_tiles(weight_VH: torch.Tensor) -> list[slice]:
-    rows = max(1, UPCAST_BYTES // (4 * weight_VH.shape[1]))
-    return [slice(start, start + rows) for start in range(0, len(weight_VH), rows)]
-
-
-def chunk_rows(vocabulary: int, itemsize: int, workspace: int | None, on_cpu: bool) -> int:
-    """Rows of a chunk: the tile takes at most half of a given workspace, what is kept takes the rest."""
-    budget = CPU_TILE_BYTES if on_cpu else TILE_BYTES
-    if workspace is not None:
-        budget = min(budget, workspace // 2)
-    return max(1, budget // (vocabulary * itemsize))
-
-
-def kept_rows(vocabulary: int, compute: torch.dtype, workspace: int | None, device: torch.device) -> int:
-    """Rows whose probabilities may be kept for the weight gradient."""
-    itemsize = torch.empty(0, dtype=compute).element_size()
-    if workspace is not None:
-        budget = workspace // 2
-    elif device.type == "cuda":
-        budget = torch.cuda.mem_get_info(device)[0] // 4
-    else:
-        budget = KEPT_BYTES_CPU
-    return budget // (vocabulary * itemsize)
-
-
 class Forward(NamedTuple):
-    """[N] statistics, zero in rows that were not asked for, and the gradients of one unit of upstream."""
+    """[N] statistics, 0 in ignored rows, and the gradients of one unit of upstream."""
 
     logprobs: torch.Tensor
     entropy: torch.Tensor
     is_top1: torch.Tensor
     mean_logits: torch.Tensor
     log_sum_sq_probs: torch.Tensor
-    unit_grad: torch.Tensor  # d logprob / d hidden [N, H], empty without a gradient
-    entropy_unit_grad: torch.Tensor  # d entropy / d hidden [N, H], empty unless asked for
-    kept: torch.Tensor  # K of the first kept gradient rows
-    target_weight: torch.Tensor  # a of all rows
+    unit: torch.Tensor  # d logprob / d hidden = factor unit; [N, H], empty without a gradient
+    factor: torch.Tensor  # [N]
+    entropy_unit: torch.Tensor  # d entropy / d hidden [N, H], empty unless asked for
+    kept: torch.Tensor  # D of the first kept gradient rows, rows padded to 128 bytes
+    kept_factor: torch.Tensor  # [N]: d logprob / d (h W^T) = kept_factor D
+    target_weight: torch.Tensor  # [N]: and at the target, where D leaves it out
 
 
-def forward(
-    hidden_NH: torch.Tensor,
-    targets_N: torch.Tensor,
-    head: Head,
-    *,
-    grad_rows: torch.Tensor,  # rows whose gradient is made, if `grad`
-    plain_rows: torch.Tensor,  # live rows without one
-    outputs: tuple[str, ...],
-    unit: bool,
-    entropy_grad: bool,
-    keep: int,
-    workspace: int | None,
-) -> Forward:
-    wide = accumulator(hidden_NH.dtype)
-    rows, vocabulary = len(hidden_NH), len(head.weight)
-    grad = unit or keep > 0
-    result = blank_forward(hidden_NH, vocabulary, outputs, unit=unit, entropy_grad=entropy_grad, keep=keep)
-    size = chunk_rows(vocabulary, wide.itemsize, workspace, hidden_NH.device.type == "cpu")
-    buffer = hidden_NH.new_empty(min(size, rows), vocabulary, dtype=wide)
-    done = 0
-    for wanted, with_grad in ((grad_rows, grad), (plain_rows, False)):
-        for at in wanted.split(size):
-            if not len(at):
-                continue
-            hidden, targets = hidden_NH[at], targets_N[at]
-            logits = buffer[: len(at)]
-            project(hidden, head, logits)
-            inverse = head.inverse_temperature(at, wide)
-            part = row_pass(
-                logits,
-                targets,
-                inverse,
-                head.logit_scale,
-                head.softcap,
-                head.forbidden,
-                outputs,
-                with_grad,
-                with_grad and entropy_grad,
-            )
-            _store(result, at, part)
-            if with_grad:
-                _store_grads(result, at, part, hidden, targets, head, done)
-                done += len(at)
-    return result
+def unit_dtype(compute: torch.dtype) -> torch.dtype:
+    """Products with D before its scale would outgrow fp16."""
+    return torch.float32 if compute == torch.float16 else compute
 
 
 def blank_forward(
     hidden_NH: torch.Tensor, vocabulary: int, outputs: tuple[str, ...], *, unit: bool, entropy_grad: bool, keep: int
 ) -> Forward:
     """Zeros of the right shapes: rows that nobody asks for stay so."""
-    wide, rows, width = accumulator(hidden_NH.dtype), *hidden_NH.shape
+    compute, (count, width) = hidden_NH.dtype, hidden_NH.shape
+    wide = accumulator(compute)
+    stored = unit_dtype(compute)
 
     def asked(name: str, dtype: torch.dtype = wide) -> torch.Tensor:
-        return hidden_NH.new_zeros(rows if name in outputs else 0, dtype=dtype)
+        return hidden_NH.new_zeros(count if name in outputs else 0, dtype=dtype)
 
     return Forward(
-        hidden_NH.new_zeros(rows, dtype=wide),
+        hidden_NH.new_zeros(count, dtype=wide),
         asked("entropy"),
         asked("is_top1", torch.bool),
         asked("mean_logits"),
         asked("log_sum_sq_probs"),
-        hidden_NH.new_zeros(rows if unit else 0, width),
-        hidden_NH.new_zeros(rows if unit and entropy_grad else 0, width),
-        hidden_NH.new_empty(min(keep, rows), vocabulary),
-        hidden_NH.new_zeros(rows if unit or keep else 0, dtype=wide),
+        hidden_NH.new_zeros(count if unit else 0, width, dtype=stored),
+        hidden_NH.new_zeros(count if unit else 0, dtype=wide),
+        hidden_NH.new_zeros(count if unit and entropy_grad else 0, width, dtype=stored),
+        hidden_NH.new_empty(torch.sym_min(max(keep, 0), count), padded(vocabulary, compute)),
+        hidden_NH.new_zeros(count if keep >= 0 else 0, dtype=wide),
+        hidden_NH.new_zeros(count if keep >= 0 else 0, dtype=wide),
     )
 
 
-def _store(result: Forward, at, part: Rows) -> None:
-    result.logprobs[at] = part.logprobs
-    for name in ("entropy", "is_top1", "mean_logits", "log_sum_sq_probs"):
-        if (value := getattr(part, name)) is not None:
-            getattr(result, name)[at] = value
+Index = torch.Tensor | slice
 
 
-def _store_grads(result: Forward, at, part: Rows, hidden, targets, head: Head, done: int) -> None:
-    wide, compute = accumulator(hidden.dtype), hidden.dtype
-    scale = head.row_scale(at, wide)
-    assert part.kept is not None and part.target_weight is not None
-    result.target_weight[at] = part.target_weight
-    if len(result.unit_grad):
-        towards_target = part.target_weight[:, None] * head.weight[targets].to(compute).to(wide)
-        unit = (towards_target - back_project(part.kept, head, compute)) * scale
-        result.unit_grad[at] = unit.to(compute)
-    if len(result.entropy_unit_grad) and part.entropy_kept is not None:
-        result.entropy_unit_grad[at] = (back_project(part.entropy_kept, head, compute) * -scale).to(compute)
-    if (room := len(result.kept) - done) > 0:
-        kept = part.kept[:room]
-        result.kept[done : done + len(kept)] = kept * FP16_SCALE if compute == torch.float16 else kept
+def _spans(rows_of: torch.Tensor | None, start: int, stop: int, size: int) -> Iterator[tuple[int, int, Index]]:
+    """(start, stop, rows of the call) of each chunk of `rows_of` (None: every row)."""
+    for first in range(start, stop, size):
+        last = min(first + size, stop)
+        yield first, last, slice(first, last) if rows_of is None else rows_of[first:last]
 
 
-def entropy_unit_grad(hidden_NH: torch.Tensor, head: Head, rows: torch.Tensor, workspace: int | None) -> torch.Tensor:
+def forward(
+    hidden_NH: torch.Tensor,
+    targets_N: torch.Tensor,
+    plan: Plan,
+    *,
+    grad_rows: torch.Tensor | None,  # rows whose gradient is made, if one is; None: every row
+    plain_rows: torch.Tensor | None,  # live rows without one
+    unit: bool,
+    entropy_grad: bool,
+    keep: int,  # rows whose D may be kept; -1: the head does not train
+) -> Forward:
+    result = blank_forward(hidden_NH, plan.vocabulary, plan.outputs, unit=unit, entropy_grad=entropy_grad, keep=keep)
+    count = len(hidden_NH) if grad_rows is None else len(grad_rows)
+    keep = min(max(keep, 0), count)
+    result.kept[:, plan.vocabulary :].zero_()  # padding that a kernel may read
+    stacked = hidden_NH.new_zeros(len(rows.RAW), len(hidden_NH), dtype=plan.wide)
+    unit_scale, kept_scale = torch.zeros_like(stacked[:2])  # 0 stays where no gradient is made
+    size = plan.chunk_rows(count, keep, unit or keep > 0, entropy_grad)
+    dense = sparse.Dense(size)
+    space: torch.Tensor | None = None
+    wanted = [(span, True) for span in (*_spans(grad_rows, 0, keep, size), *_spans(grad_rows, keep, count, size))]
+    if plain_rows is not None:
+        wanted += [(span, False) for span in _spans(plain_rows, 0, len(plain_rows), size)]
+    for (first, last, at), with_grad in wanted:
+        is_kept = with_grad and first < keep
+        with_grad = is_kept or (with_grad and unit)
+        into = result.kept[first:last, : plan.vocabulary] if is_kept else None
+        if into is not None and into.dtype == plan.wide and not entropy_grad:
+            logits, into = into, None
+        else:
+            if space is None:
+                space = room(hidden_NH, min(size, len(hidden_NH)), plan.vocabulary, plan.wide)
+            logits = space[: last - first]
+        hidden, targets = hidden_NH[at], targets_N[at]
+        if with_grad and unit and not is_kept and plan.tolerance:
+            raw, product = sparse.unit_product(hidden, targets, at, plan, logits, dense)
+            stacked[:, at] = torch.stack(raw)
+            result.unit[at], unit_scale[at] = product.to(result.unit.dtype), 1.0
+            dense.flush(result.unit, plan, all_=False)
+            continue
+        chunk = run_chunk(
+            hidden,
+            targets,
+            at,
+            plan,
+            logits,
+            grad=with_grad,
+            entropy_grad=with_grad and unit and entropy_grad,
+            into=into,
+        )
+        stacked[:, at] = torch.stack(chunk.raw)
+        if with_grad:
+            _store_grads(result, at, chunk, targets, plan, (first, last) if is_kept else None, unit_scale, kept_scale)
+    dense.flush(result.unit, plan, all_=True)
+    _finish(result, rows.raw_of(stacked), targets_N, plan, unit_scale, kept_scale)
+    return result
+
+
+def _store_grads(
+    result: Forward,
+    at: Index,
+    chunk: Chunk,
+    targets_n,
+    plan: Plan,
+    kept: tuple[int, int] | None,
+    unit_scale,
+    kept_scale,
+) -> None:
+    raw = chunk.raw
+    if len(result.unit):
+        product = chunk.product(targets_n, plan)
+        if plan.shard is not None:
+            product = _summed(product * raw.scale[:, None], plan)
+            unit_scale[at] = 1.0
+        else:
+            unit_scale[at] = raw.scale
+        result.unit[at] = product.to(result.unit.dtype)
+    if chunk.entropy_matrix is not None:
+        result.entropy_unit[at] = _entropy_product(chunk, at, plan).to(result.entropy_unit.dtype)
+    if kept is not None:
+        matrix, kept_scale[at] = _storable(chunk, plan)
+        place = result.kept[kept[0] : kept[1], : plan.vocabulary]
+        if matrix.data_ptr() != place.data_ptr():
+            place.copy_(matrix)
+
+
+def _storable(chunk: Chunk, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
+    """(D, its scale) as it can stand in the compute dtype: in fp16 p 2^15, which a kernel has written so already."""
+    assert chunk.matrix is not None
+    if plan.compute != torch.float16 or chunk.matrix.dtype == plan.compute:
+        return chunk.matrix, chunk.raw.scale
+    whole = chunk.raw.sum() / FP16_SCALE
+    return chunk.matrix * (chunk.raw.scale / whole)[:, None], whole
+
+
+def _summed(product_nH: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """Over the shards, in the accumulator's precision."""
+    if plan.shard is not None:
+        plan.shard.sum(product_nH)
+    return product_nH
+
+
+def _finish(result: Forward, raw: Raw, targets_N: torch.Tensor, plan: Plan, unit_scale, kept_scale) -> None:
+    """Log-probs, statistics and factors of all rows from their raw statistics."""
+    vocabulary = plan.whole_vocabulary
+    dead = targets_N == plan.ignore_index
+    bad = ~dead & ((targets_N < 0) | (targets_N >= vocabulary))  # on a CPU it raised already
+
+    def store(out: torch.Tensor, values: torch.Tensor) -> None:
+        if out.is_floating_point():
+            values = values.masked_fill(bad, torch.nan)
+        out.copy_(values.masked_fill(dead, 0))
+
+    store(result.logprobs, raw.logprobs())
+    for name in plan.outputs:
+        store(getattr(result, name), raw.result(name))
+    factor = -(plan.shaping.row_scale(slice(None), plan.wide) / raw.sum())
+    if len(result.factor):
+        store(result.factor, factor * unit_scale)
+    if len(result.kept_factor):
+        store(result.kept_factor, factor * kept_scale)
+        store(
+            result.target_weight, plan.shaping.row_scale(slice(None), plan.wide) * (raw.others / raw.sum() * raw.factor)
+        )
+    if targets_N.device.type != "cpu":  # there ignored rows went along: leaving them out would sync
+        for unit in (result.unit, result.entropy_unit):
+            if len(unit):
+                unit.masked_fill_(dead[:, None], 0)
+
+
+def _recomputed(
+    hidden_NH, targets_N, plan: Plan, grad_rows: torch.Tensor | None, start: int, kept: int, *, entropy: bool
+) -> Iterator[tuple[Index, Chunk]]:
+    """Chunks of the gradient rows from `start` on, with their D (or E) made again."""
+    count = len(hidden_NH) if grad_rows is None else len(grad_rows)
+    size = plan.chunk_rows(count - start, kept, not entropy, entropy)
+    space = room(hidden_NH, max(0, min(size, count - start)), plan.vocabulary, plan.wide)
+    for first, last, at in _spans(grad_rows, start, count, size):
+        logits = space[: last - first]
+        yield at, run_chunk(hidden_NH[at], targets_N[at], at, plan, logits, grad=not entropy, entropy_grad=entropy)
+
+
+def entropy_unit_grad(hidden_NH, targets_N, plan: Plan, grad_rows: torch.Tensor | None) -> torch.Tensor:
     """d entropy / d hidden [N, H], recomputed: the lazy mode's 4NHV."""
-    wide = accumulator(hidden_NH.dtype)
-    out = torch.zeros_like(hidden_NH)
-    for at, entropy_kept in _recomputed(hidden_NH, head, rows, workspace, want_entropy=True):
-        out[at] = (back_project(entropy_kept, head, hidden_NH.dtype) * -head.row_scale(at, wide)).to(out.dtype)
+    out = torch.zeros_like(hidden_NH, dtype=unit_dtype(plan.compute))
+    for at, chunk in _recomputed(hidden_NH, targets_N, plan, grad_rows, 0, 0, entropy=True):
+        out[at] = _entropy_product(chunk, at, plan).to(out.dtype)
     return out
+
+
+def _entropy_product(chunk: Chunk, at: Index, plan: Plan) -> torch.Tensor:
+    """d entropy / d hidden of a chunk, [n, H]."""
+    assert chunk.entropy_matrix is not None
+    product = back_project(chunk.entropy_matrix, plan.weight, plan.compute)
+    return _summed(product * entropy_factor(chunk, at, plan)[:, None], plan)
+
+
+def entropy_factor(chunk: Chunk, at: Index, plan: Plan) -> torch.Tensor:
+    """[n]: d entropy / d (h W^T) = factor E."""
+    assert chunk.entropy_scale is not None
+    return -(plan.shaping.row_scale(at, plan.wide) / chunk.raw.sum()) * chunk.entropy_scale
 
 
 def head_grads(
     hidden_NH: torch.Tensor,
     targets_N: torch.Tensor,
-    head: Head,
+    plan: Plan,
     *,
-    rows: torch.Tensor,  # the gradient rows, in the order in which they were kept
+    grad_rows: torch.Tensor | None,  # in the order in which they were kept
     kept: torch.Tensor,
+    kept_factor_N: torch.Tensor,
     target_weight_N: torch.Tensor,
-    grad_logprobs_N: torch.Tensor,
+    grad_logprobs_N: torch.Tensor,  # 0 in ignored rows
     grad_entropy_N: torch.Tensor | None,
-    workspace: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """dW = U^T (g X) and db: X's rows are scaled, never U; fp32 accumulation; kept rows are not recomputed."""
-    compute, wide = hidden_NH.dtype, accumulator(hidden_NH.dtype)
-    grad_weight = hidden_NH.new_zeros(head.weight.shape, dtype=wide)
-    grad_bias = None if head.bias is None else hidden_NH.new_zeros(len(head.weight), dtype=wide)
-    scale = head.row_scale(rows, wide)
-    g = (grad_logprobs_N[rows].to(wide)[:, None] * scale).squeeze(1)
-    largest = g.abs().max().clamp(min=torch.finfo(wide).tiny) if compute == torch.float16 and len(g) else 1.0
+    """dW = D^T (k g X) and db: X's rows are scaled, never D; fp32 accumulation; kept rows are not recomputed."""
+    compute, wide = plan.compute, plan.wide
+    grad_weight = hidden_NH.new_empty(plan.weight.shape, dtype=wide)
+    grad_bias = None if plan.shaping.bias is None else hidden_NH.new_empty(plan.vocabulary, 1, dtype=wide)
+    unit: torch.Tensor | float = 1.0
+    if compute == torch.float16 and len(
+        hidden_NH
+    ):  # upstream gradients may leave its range: their largest is divided out
+        arrived = grad_logprobs_N if grad_entropy_N is None else torch.stack((grad_logprobs_N, grad_entropy_N))
+        unit = arrived.abs().amax().clamp(min=1e-30) / FP16_SCALE
+    fresh = True
 
-    def accumulate(matrix_nV: torch.Tensor, at: torch.Tensor, coefficient_n: torch.Tensor, factor: float) -> None:
-        """grad -= matrix^T (coefficient X) / factor; halves are multiplied in the compute dtype, safely scaled."""
-        scaled = hidden_NH[at].to(wide) * (coefficient_n / largest)[:, None]
-        if matrix_nV.is_cuda and compute not in (torch.float32, torch.float64):
-            update = torch.mm(matrix_nV.to(compute).T, scaled.to(compute), out_dtype=torch.float32)
-            grad_weight.sub_(update * (largest / factor))
-        else:
-            grad_weight.addmm_(matrix_nV.T.to(wide), scaled * (largest / factor), alpha=-1)
+    def accumulate(matrix_nV: torch.Tensor, at: Index, coefficient_n: torch.Tensor) -> None:
+        nonlocal fresh
+        coefficient_n = (coefficient_n / unit)[:, None]
+        add_outer(grad_weight, matrix_nV, hidden_NH[at].to(wide) * coefficient_n, compute, fresh=fresh)
         if grad_bias is not None:
-            grad_bias.sub_(torch.mv(matrix_nV.T.to(wide), coefficient_n) / factor)
+            add_outer(grad_bias, matrix_nV, coefficient_n, compute, fresh=fresh)
+        fresh = False
 
-    held = min(len(kept), len(rows))
+    count = len(hidden_NH) if grad_rows is None else len(grad_rows)
+    held = min(len(kept), count)
     if held:
-        accumulate(kept[:held], rows[:held], g[:held], FP16_SCALE if compute == torch.float16 else 1.0)
-    at_target = g * target_weight_N[rows]
-    grad_weight.index_add_(0, targets_N[rows], hidden_NH[rows].to(wide) * at_target[:, None])
-    if grad_bias is not None:
-        grad_bias.index_add_(0, targets_N[rows], at_target)
-    if held < len(rows):
-        rest = rows[held:]
-        for at, matrix in _recomputed(hidden_NH, head, rest, workspace, targets=targets_N):
-            coefficient = (grad_logprobs_N[at].to(wide)[:, None] * head.row_scale(at, wide)).squeeze(1)
-            accumulate(matrix, at, coefficient, 1.0)
+        at = slice(0, held) if grad_rows is None else grad_rows[:held]
+        accumulate(kept[:held, : plan.vocabulary], at, grad_logprobs_N[at] * kept_factor_N[at])
+    for at, chunk in _recomputed(hidden_NH, targets_N, plan, grad_rows, held, held, entropy=False):
+        matrix, scale = _storable(chunk, plan)
+        factor = -(plan.shaping.row_scale(at, wide) / chunk.raw.sum()) * scale
+        accumulate(matrix, at, grad_logprobs_N[at] * factor)
     if grad_entropy_N is not None:
-        for at, matrix in _recomputed(hidden_NH, head, rows, workspace, want_entropy=True):
-            accumulate(matrix, at, (grad_entropy_N[at].to(wide)[:, None] * head.row_scale(at, wide)).squeeze(1), 1.0)
-    return grad_weight, grad_bias
+        for at, chunk in _recomputed(hidden_NH, targets_N, plan, grad_rows, 0, held, entropy=True):
+            assert chunk.entropy_matrix is not None
+            accumulate(chunk.entropy_matrix, at, grad_entropy_N[at] * entropy_factor(chunk, at, plan))
+    for grad in (grad_weight, grad_bias):
+        if grad is not None and fresh:
+            grad.zero_()
+        elif grad is not None and isinstance(unit, torch.Tensor):
+            grad.mul_(unit)
+    if plan.target_apart:
+        _add_targets(grad_weight, grad_bias, hidden_NH, targets_N, grad_logprobs_N * target_weight_N, plan, grad_rows)
+    return grad_weight, None if grad_bias is None else grad_bias.squeeze(1)
 
 
-def _recomputed(hidden_NH, head: Head, rows, workspace, *, targets=None, want_entropy: bool = False):
-    """Chunks of rows with their K (or E) made again."""
-    wide, vocabulary = accumulator(hidden_NH.dtype), len(head.weight)
-    size = chunk_rows(vocabulary, wide.itemsize, workspace, hidden_NH.device.type == "cpu")
-    buffer = hidden_NH.new_empty(min(size, max(1, len(rows))), vocabulary, dtype=wide)
-    for start in range(0, len(rows), size):
-        at = rows[start : start + size]
-        logits = buffer[: len(at)]
-        project(hidden_NH[at], head, logits)
-        chosen = targets[at] if targets is not None else torch.zeros_like(at)
-        inverse = head.inverse_temperature(at, wide)
-        part = row_pass(
-            logits, chosen, inverse, head.logit_scale, head.softcap, head.forbidden, (), not want_entropy, want_entropy
-        )
-        yield at, part.entropy_kept if want_entropy else part.kept
+def _add_targets(grad_weight, grad_bias, hidden_NH, targets_N, coefficient_N, plan: Plan, grad_rows) -> None:
+    """The target's terms of dW and db; index_put adds in a fixed order, index_add on a GPU does not."""
+    at = slice(None) if grad_rows is None else grad_rows
+    targets = plan.here(targets_N[at])
+    here = (targets >= 0) & (targets < plan.vocabulary)
+    index = (targets.clamp(0, plan.vocabulary - 1),)
+    coefficient = coefficient_N[at].where(here, 0)
+    grad_weight.index_put_(index, hidden_NH[at].to(plan.wide) * coefficient[:, None], accumulate=True)
+    if grad_bias is not None:
+        grad_bias.index_put_(index, coefficient[:, None], accumulate=True)

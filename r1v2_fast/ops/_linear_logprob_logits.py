@@ -1,121 +1,160 @@
 """Log-probs from logits that the caller holds: one read forward; one read and one write backward.
 
-N rows, V vocabulary; rows are widened chunk by chunk, so half logits never stand in fp32 whole.
+N rows, V vocabulary. On torch rows are widened chunk by chunk, so that half logits never stand in fp32 whole.
 """
 
 from __future__ import annotations
 
 import torch
 
-from r1v2_fast.ops._linear_logprob_chunks import accumulator, chunk_rows
-from r1v2_fast.ops._linear_logprob_rows import row_pass
+from r1v2_fast.ops import _linear_logprob_rows as rows
+from r1v2_fast.ops._linear_logprob_autograd import blocked_ids, check_targets
+from r1v2_fast.ops._linear_logprob_matmul import accumulator
+from r1v2_fast.ops._linear_logprob_pass import CPU_TILE_BYTES, TILE_BYTES, triton_head
+from r1v2_fast.ops._linear_logprob_rows import OUTPUTS, Shaping
 
+_SHARED = (
+    "Tensor targets, Tensor? temperature_N, float temperature, float? softcap, Tensor? forbidden, int ignore_index, "
+    "str backend"
+)
+_KNOWN = "Tensor known, Tensor? grad_logprobs, Tensor? grad_entropy"
 torch.library.define(
     "r1v2_fast::logits_logprob_forward",
-    "(Tensor logits, Tensor targets, Tensor? temperature_N, float temperature, float? softcap, Tensor? forbidden, "
-    "int ignore_index, str[] outputs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor logits, {_SHARED}, str[] outputs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-torch.library.define(
-    "r1v2_fast::logits_logprob_backward_",
-    "(Tensor(a!) logits, Tensor targets, Tensor? temperature_N, float temperature, float? softcap, Tensor? forbidden, "
-    "int ignore_index, Tensor? grad_logprobs, Tensor? grad_entropy) -> ()",
-)
+torch.library.define("r1v2_fast::logits_logprob_backward", f"(Tensor logits, {_SHARED}, {_KNOWN}) -> Tensor")
+torch.library.define("r1v2_fast::logits_logprob_backward_", f"(Tensor(a!) logits, {_SHARED}, {_KNOWN}) -> ()")
 
 
-def _passes(logits, targets, temperature_N, temperature, softcap, forbidden, outputs, grad, entropy_grad):
-    """(rows, row pass) over chunks of a widened copy."""
-    wide = accumulator(logits.dtype)
-    size = chunk_rows(logits.shape[1], wide.itemsize, None, logits.device.type == "cpu")
-    for start in range(0, len(logits), size):
-        at = slice(start, start + size)
-        inverse = 1.0 / temperature if temperature_N is None else temperature_N[at].to(wide).reciprocal()[:, None]
-        copied = logits[at].to(wide, copy=True)
-        yield at, inverse, row_pass(copied, targets[at], inverse, 1.0, softcap, forbidden, outputs, grad, entropy_grad)
+def _shaping(logits, temperature_N, temperature, softcap, forbidden) -> Shaping:
+    blocked = blocked_ids(forbidden, logits.shape[1], 0)
+    return Shaping(None, temperature if temperature_N is None else temperature_N, 1.0, softcap, blocked)
 
 
-def _zeros(logits: torch.Tensor, outputs: list[str]) -> list[torch.Tensor]:
-    wide, rows = accumulator(logits.dtype), len(logits)
-    names = ("entropy", "is_top1", "mean_logits", "log_sum_sq_probs")
-    dtypes = (wide, torch.bool, wide, wide)
-    extras = [logits.new_zeros(rows if n in outputs else 0, dtype=d) for n, d in zip(names, dtypes, strict=True)]
-    return [logits.new_zeros(rows, dtype=wide), *extras]
+def _chunks(logits: torch.Tensor):
+    tile = CPU_TILE_BYTES if logits.device.type == "cpu" else TILE_BYTES
+    size = max(1, tile // (logits.shape[1] * accumulator(logits.dtype).itemsize))
+    return (slice(start, start + size) for start in range(0, len(logits), size))
+
+
+def _blank(logits: torch.Tensor, outputs: list[str]) -> list[torch.Tensor]:
+    """Log-probs, OUTPUTS, and for the backward m, S, S - exp(z_t - m) and the mean of z - m, [4, N]."""
+    wide, count = accumulator(logits.dtype), len(logits)
+    extras = [
+        logits.new_empty(count if name in outputs else 0, dtype=torch.bool if name == "is_top1" else wide)
+        for name in OUTPUTS
+    ]
+    return [logits.new_empty(count, dtype=wide), *extras, logits.new_empty(4, count, dtype=wide)]
 
 
 @torch.library.impl("r1v2_fast::logits_logprob_forward", "default")
-def _forward_impl(logits, targets, temperature_N, temperature, softcap, forbidden, ignore_index, outputs):
-    from r1v2_fast.ops.linear_logprob import check_targets
-
+def _forward_impl(logits, targets, temperature_N, temperature, softcap, forbidden, ignore_index, backend, outputs):
     check_targets(targets, forbidden, logits.shape[1], ignore_index)
-    live = targets != ignore_index
-    bounded = targets.clamp(0, logits.shape[1] - 1)
-    results = _zeros(logits, outputs)
-    settings = (temperature_N, temperature, softcap, forbidden, tuple(outputs), False, False)
-    for at, _, rows in _passes(logits, bounded, *settings):
-        for result, value in zip(results, rows[:5], strict=True):
-            if value is not None:
-                result[at] = value
-    bad = live & (bounded != targets)
-    for result in results:
-        if len(result):
-            result.masked_fill_(~live, 0)
-            result.masked_fill_(bad, torch.nan if result.is_floating_point() else 0)
+    shaping = _shaping(logits, temperature_N, temperature, softcap, forbidden)
+    stacked = logits.new_empty(len(rows.RAW), len(logits), dtype=accumulator(logits.dtype))
+    if backend == "triton":
+        from r1v2_fast.kernels import linear_logprob as kernel
+
+        kernel.launch(triton_head(logits, shaping, slice(None)), targets, stacked, None, tuple(outputs))
+    else:
+        for at in _chunks(logits):
+            wide = logits[at].to(stacked.dtype, copy=True)
+            part = rows.row_pass(wide, targets[at], shaping, at, tuple(outputs), grad=False)
+            stacked[:, at] = torch.stack(part.raw)
+    raw = rows.raw_of(stacked)
+    dead = targets == ignore_index
+    bad = ~dead & ((targets < 0) | (targets >= logits.shape[1]))  # on a CPU it raised already
+    results = _blank(logits, outputs)
+    for name, result in zip(("logprobs", *OUTPUTS), results[:5], strict=True):
+        if name == "logprobs" or name in outputs:
+            value = raw.result(name)
+            result.copy_(
+                (value.masked_fill(bad, torch.nan) if value.is_floating_point() else value).masked_fill(dead, 0)
+            )
+    torch.stack((raw.top, raw.sum(), raw.others, raw.mean_distance()), out=results[5])
     return tuple(results)
 
 
 @torch.library.register_fake("r1v2_fast::logits_logprob_forward")
-def _forward_fake(logits, targets, temperature_N, temperature, softcap, forbidden, ignore_index, outputs):
-    return tuple(_zeros(logits, outputs))
+def _forward_fake(logits, targets, temperature_N, temperature, softcap, forbidden, ignore_index, backend, outputs):
+    return tuple(_blank(logits, outputs))
+
+
+def _write_grad(
+    out, logits, targets, temperature_N, temperature, softcap, forbidden, ignore_index, backend, known, grad_logprobs,
+    grad_entropy,
+):  # fmt: skip
+    """d loss / d logits into `out`, which may be the logits."""
+    shaping = _shaping(logits, temperature_N, temperature, softcap, forbidden)
+    dead = targets == ignore_index
+    arrived = [
+        torch.zeros_like(known[0]) if grad is None else grad.to(known.dtype).masked_fill(dead, 0)
+        for grad in (grad_logprobs, grad_entropy)
+    ]
+    if backend == "triton":
+        from r1v2_fast.kernels import linear_logprob_grads as kernel
+
+        known = torch.cat((known, torch.stack(arrived)))
+        head = triton_head(logits, shaping, slice(None))
+        kernel.launch_logits_grad(head, targets, known, out, entropy=grad_entropy is not None)
+        return
+    top, whole, others, mean_distance = known
+    for at in _chunks(logits):
+        z, damping = rows.shape_logits(logits[at].to(known.dtype, copy=True), shaping, at, damping=True)
+        if shaping.blocked is not None:
+            z.masked_fill_(shaping.blocked, -torch.inf)
+        distance = z.sub_(top[at, None])
+        p = distance.exp().div_(whole[at, None])
+        g, h = (grad[at, None] for grad in arrived)
+        total = p * -g
+        rows.place(total, targets[at], (others[at] / whole[at]) * g.squeeze(1))
+        if grad_entropy is not None:  # d entropy / d z = -p (log p + entropy)
+            total -= distance.masked_fill_(p == 0, 0).sub_(mean_distance[at, None]).mul_(p).mul_(h)
+        if damping is not None:
+            total *= damping
+        total /= shaping.temperature_of(at, total.dtype)
+        out[at] = total.masked_fill_(dead[at, None], 0).to(out.dtype)
+
+
+@torch.library.impl("r1v2_fast::logits_logprob_backward", "default")
+def _backward_impl(logits, *arguments):
+    out = torch.empty_like(logits)
+    _write_grad(out, logits, *arguments)
+    return out
+
+
+@torch.library.register_fake("r1v2_fast::logits_logprob_backward")
+def _backward_fake(logits, *arguments):
+    return torch.empty_like(logits)
 
 
 @torch.library.impl("r1v2_fast::logits_logprob_backward_", "default")
-def _backward_impl(
-    logits, targets, temperature_N, temperature, softcap, forbidden, ignore_index, grad_logprobs, grad_entropy
-):
-    live = (targets != ignore_index)[:, None]
-    bounded = targets.clamp(0, logits.shape[1] - 1)
-    settings = (temperature_N, temperature, softcap, forbidden, (), True, grad_entropy is not None)
-    for at, inverse, rows in _passes(logits, bounded, *settings):
-        total = rows.kept  # d logprob / d logits = c (a 1hot - K)
-        if grad_logprobs is None:
-            total = total.zero_()
-        else:
-            g = grad_logprobs[at].to(total.dtype)
-            total.mul_(-g[:, None])
-            total.scatter_add_(1, bounded[at][:, None], (g * rows.target_weight)[:, None])
-        if grad_entropy is not None:  # d entropy / d logits = -c E
-            total.sub_(rows.entropy_kept * grad_entropy[at].to(total.dtype)[:, None])
-        logits[at] = (total * inverse).masked_fill_(~live[at], 0).to(logits.dtype)
+def _backward_inplace_impl(logits, *arguments):
+    _write_grad(logits, logits, *arguments)
 
 
 @torch.library.register_fake("r1v2_fast::logits_logprob_backward_")
-def _backward_fake(*arguments):
+def _backward_inplace_fake(*arguments):
     return None
 
 
 _forward = torch.ops.r1v2_fast.logits_logprob_forward.default
-_backward = torch.ops.r1v2_fast.logits_logprob_backward_.default
+_backward = torch.ops.r1v2_fast.logits_logprob_backward.default
+_backward_inplace = torch.ops.r1v2_fast.logits_logprob_backward_.default
 
 
 class _LogitsLogProb(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx,
-        logits,
-        targets,
-        temperature_N,
-        temperature,
-        softcap,
-        forbidden,
-        ignore_index,
-        outputs,
-        entropy_grad,
+        ctx, logits, targets, temperature_N, temperature, softcap, forbidden, ignore_index, backend, outputs, entropy_grad,
         inplace,
-    ):
-        logprobs, entropy, is_top1, mean_logits, log_sum_sq_probs = _forward(
-            logits, targets, temperature_N, temperature, softcap, forbidden, ignore_index, list(outputs)
+    ):  # fmt: skip
+        shared = (temperature_N, temperature, softcap, forbidden, ignore_index, backend)
+        logprobs, entropy, is_top1, mean_logits, log_sum_sq_probs, known = _forward(
+            logits, targets, *shared, list(outputs)
         )
-        ctx.save_for_backward(logits, targets, temperature_N, forbidden)
-        ctx.settings = (temperature, softcap, ignore_index, entropy_grad, inplace)
+        ctx.save_for_backward(logits, targets, temperature_N, forbidden, known)
+        ctx.settings = (temperature, softcap, ignore_index, backend, entropy_grad, inplace)
         ctx.set_materialize_grads(False)
         constant = [is_top1, mean_logits, log_sum_sq_probs]
         ctx.mark_non_differentiable(*(constant if entropy_grad else [entropy, *constant]))
@@ -124,36 +163,39 @@ class _LogitsLogProb(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_logprobs, grad_entropy, *unused):
-        logits, targets, temperature_N, forbidden = ctx.saved_tensors
-        temperature, softcap, ignore_index, entropy_grad, inplace = ctx.settings
+        logits, targets, temperature_N, forbidden, known = ctx.saved_tensors
+        temperature, softcap, ignore_index, backend, entropy_grad, inplace = ctx.settings
         if not entropy_grad:
             grad_entropy = None
+        nothing = (None,) * 10
         if grad_logprobs is None and grad_entropy is None:
-            return (None,) * 10
-        grad = logits.detach() if inplace else logits.detach().clone()
-        _backward(
-            grad, targets, temperature_N, temperature, softcap, forbidden, ignore_index, grad_logprobs, grad_entropy
-        )
-        return grad, *(None,) * 9
+            return None, *nothing
+        shared = (targets, temperature_N, temperature, softcap, forbidden, ignore_index, backend, known)
+        if not inplace:
+            return _backward(logits, *shared, grad_logprobs, grad_entropy), *nothing
+        grad = logits.detach()
+        _backward_inplace(grad, *shared, grad_logprobs, grad_entropy)
+        return grad, *nothing
 
 
 def from_logits(
-    logits, targets, *, temperature, softcap, forbidden, ignore_index, outputs, entropy_grad, inplace_grad
+    logits, targets, *, temperature, softcap, forbidden, ignore_index, outputs, entropy_grad, inplace_grad, backend
 ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
     shape = targets.shape
     per_token = isinstance(temperature, torch.Tensor)
+    flat = logits.reshape(-1, logits.shape[-1])
     results = _LogitsLogProb.apply(
-        logits.reshape(-1, logits.shape[-1]),
+        flat if flat.stride(1) == 1 else flat.contiguous(),
         targets.reshape(-1),
         temperature.expand(shape).reshape(-1) if per_token else None,
         1.0 if per_token else float(temperature),
-        softcap,
+        None if softcap is None else float(softcap),
         forbidden,
         ignore_index,
+        backend,
         outputs,
         entropy_grad and "entropy" in outputs,
         inplace_grad,
     )
-    names = ("entropy", "is_top1", "mean_logits", "log_sum_sq_probs")
-    extras = [v.reshape(shape) if n in outputs else None for n, v in zip(names, results[1:], strict=True)]
+    extras = [v.reshape(shape) if n in outputs else None for n, v in zip(OUTPUTS, results[1:], strict=True)]
     return results[0].reshape(shape), extras

@@ -1,97 +1,193 @@
-"""The row pass: statistics of n rows of logits and, in place of the logits, what the gradient matmul multiplies.
+"""The row pass on torch, and what turns its raw statistics into log-probs: shared with the Triton kernel and by shards.
 
-n rows of a chunk, V vocabulary. c_n = logit_scale / temperature, f = 1 - (s / softcap)^2, t the target.
-With K = p f, its target column zeroed, and a = (1 - p_t) f_t:  d logprob / d hidden = c (a W_t - K W).
-With E = p (log p + entropy) f:                                d entropy / d hidden = -c (E W).
+n rows of a chunk, V vocabulary (of this shard). z the logits after scale, softcap and temperature, t the target,
+c = logit_scale / temperature, f = 1 - (s / softcap)^2, m the row's maximum, S = sum of exp(z - m), p = exp(z - m) / S.
+
+    d logprob / d hidden = -(c scale / S) (D W)    D scale = exp(z - m) f, and at the target -(S - exp(z_t - m)) f_t
+    d entropy / d hidden = -(c / S) (E W)          E = exp(z - m) (log p + entropy) f
+
+Dividing a row of D W by S is cheaper than dividing V of its terms, and lets D be written before S is known.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
+OUTPUTS = ("entropy", "is_top1", "mean_logits", "log_sum_sq_probs")
+RAW = ("top", "others", "target", "factor", "scale", "weighted", "squares", "total", "allowed", "beaten")
+
+
+@dataclass(frozen=True)
+class Shaping:
+    """From matmul to z: bias, scale, softcap, temperature, and ids of probability 0."""
+
+    bias: torch.Tensor | None  # [V]
+    temperature: torch.Tensor | float  # [N], or one for all
+    logit_scale: float
+    softcap: float | None
+    blocked: torch.Tensor | None  # [V] bool
+
+    def temperature_of(self, rows: torch.Tensor | slice, dtype: torch.dtype) -> torch.Tensor | float:
+        """[n, 1], or a float."""
+        t = self.temperature
+        return t[rows].to(dtype)[:, None] if isinstance(t, torch.Tensor) else t
+
+    def row_scale(self, rows: torch.Tensor | slice, dtype: torch.dtype) -> torch.Tensor | float:
+        """c = logit_scale / temperature, [n] or a float."""
+        t = self.temperature
+        return self.logit_scale / (t[rows].to(dtype) if isinstance(t, torch.Tensor) else t)
+
+
+class Raw(NamedTuple):
+    """Rows of one tensor [10, n]; what was not asked for is 0."""
+
+    top: torch.Tensor  # m
+    others: torch.Tensor  # sum over v != t of exp(z - m)
+    target: torch.Tensor  # z_t, -inf where this shard has no such id
+    factor: torch.Tensor  # f_t
+    scale: torch.Tensor  # exp(z - m) f = D scale
+    weighted: torch.Tensor  # sum over v != t of exp(z - m) (z - m)
+    squares: torch.Tensor  # sum over v != t of exp(z - m)^2
+    total: torch.Tensor  # sum of z over allowed ids
+    allowed: torch.Tensor  # how many these are
+    beaten: torch.Tensor  # above 0 where an id other than t is the first maximum
+
+    def exponential(self) -> torch.Tensor:
+        """exp(z_t - m), 1 exactly where the target is the maximum."""
+        return (self.target - self.top).exp()
+
+    def sum(self) -> torch.Tensor:
+        """S."""
+        return self.others + self.exponential()
+
+    def at_target(self) -> torch.Tensor:
+        """D at the target. 1 - p_t is a sum of the others: subtracting loses everything near p_t = 1."""
+        return -self.others * self.factor / self.scale
+
+    def log_sum(self) -> torch.Tensor:
+        """log S; the sum of the others keeps its relative precision where the target dominates."""
+        return torch.where(self.target == self.top, self.others.log1p(), self.sum().log())
+
+    def logprobs(self) -> torch.Tensor:
+        return (self.target - self.top) - self.log_sum()
+
+    def mean_distance(self) -> torch.Tensor:
+        """Mean of z - m under p: log p + entropy = z - m - this, with no logarithm to round."""
+        distance = (self.target - self.top).clamp(min=torch.finfo(self.top.dtype).min)
+        return (self.weighted + self.exponential() * distance) / self.sum()
+
+    def entropy(self) -> torch.Tensor:
+        return self.log_sum() - self.mean_distance()
+
+    def result(self, name: str) -> torch.Tensor:
+        """[n], one of OUTPUTS or "logprobs"."""
+        if name == "is_top1":
+            return self.beaten == 0
+        if name == "mean_logits":
+            return self.total / self.allowed
+        if name == "log_sum_sq_probs":
+            return (self.squares + self.exponential().square()).log() - 2 * self.log_sum()
+        return self.logprobs() if name == "logprobs" else self.entropy()
+
+
+def raw_of(stacked: torch.Tensor) -> Raw:
+    return Raw(*stacked.unbind(0))
+
 
 class Rows(NamedTuple):
-    logprobs: torch.Tensor  # [n]
-    entropy: torch.Tensor | None  # [n]
-    is_top1: torch.Tensor | None  # [n] bool
-    mean_logits: torch.Tensor | None  # [n]
-    log_sum_sq_probs: torch.Tensor | None  # [n]
-    target_weight: torch.Tensor | None  # a [n]
-    kept: torch.Tensor | None  # K [n, V], over the logits' memory
-    entropy_kept: torch.Tensor | None  # E [n, V]
+    raw: Raw
+    matrix: torch.Tensor | None  # exp(z - m) f [n, V] over the logits, 0 at the target
+    entropy_terms: torch.Tensor | None  # exp(z - m) (z - m), 0 at the target
+    damping: torch.Tensor | None  # f [n, V], with a softcap
+
+
+def shape_logits(
+    z_nV: torch.Tensor, shaping: Shaping, rows: torch.Tensor | slice, *, damping: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(z in place of the matmul h W^T, f if asked for and there is a softcap)."""
+    factor = None
+    if shaping.bias is not None:
+        z_nV.add_(shaping.bias)
+    if shaping.logit_scale != 1.0:
+        z_nV.mul_(shaping.logit_scale)
+    if shaping.softcap is not None:
+        z_nV.div_(shaping.softcap).tanh_()
+        if damping:
+            factor = 1 - z_nV.square()
+        z_nV.mul_(shaping.softcap)
+    temperature = shaping.temperature_of(rows, z_nV.dtype)
+    if isinstance(temperature, torch.Tensor) or temperature != 1.0:
+        z_nV.div_(temperature)
+    return z_nV, factor
 
 
 def row_pass(
-    logits_nV: torch.Tensor,
-    targets_n: torch.Tensor,
-    inverse_temperature: torch.Tensor | float,  # [n, 1], or one for all
-    logit_scale: float,
-    softcap: float | None,
-    forbidden: torch.Tensor | None,
+    z_nV: torch.Tensor,  # h W^T, overwritten
+    targets_n: torch.Tensor,  # ids of this shard; others are elsewhere
+    shaping: Shaping,
+    rows: torch.Tensor | slice,  # for the temperature
     outputs: tuple[str, ...],
+    *,
     grad: bool,
-    entropy_grad: bool,
+    entropy_grad: bool = False,
 ) -> Rows:
-    """`logits_nV` is the matmul with its bias, fp32 or fp64, and is overwritten."""
-    z = logits_nV
-    factor = None
-    if logit_scale != 1.0:
-        z.mul_(logit_scale)
-    if softcap is not None:
-        z.div_(softcap).tanh_()
-        if grad or entropy_grad:
-            factor = 1 - z.square()
-        z.mul_(softcap)
-    if isinstance(inverse_temperature, torch.Tensor) or inverse_temperature != 1.0:
-        z.mul_(inverse_temperature)
-    index = targets_n[:, None]
-    mean_logits = None
+    z, damping = shape_logits(z_nV, shaping, rows, damping=grad or entropy_grad)
+    zeros = z.new_zeros(len(z))
+    here = (targets_n >= 0) & (targets_n < z.shape[1])
+    index = targets_n.clamp(0, z.shape[1] - 1)[:, None]
+    total = allowed = beaten = weighted = squares = zeros
     if "mean_logits" in outputs:
-        total, count = z.sum(1), z.shape[1]
-        if forbidden is not None:
-            total, count = total - z[:, forbidden].sum(1), count - len(forbidden)
-        mean_logits = total / count
-    if forbidden is not None:
-        z.index_fill_(1, forbidden, -torch.inf)
-    target_logits = z.gather(1, index).squeeze(1)
-    is_top1 = None
+        total = (z if shaping.blocked is None else z.masked_fill(shaping.blocked, 0)).sum(1)
+        allowed = zeros + (z.shape[1] if shaping.blocked is None else (~shaping.blocked).sum())
+    if shaping.blocked is not None:
+        z.masked_fill_(shaping.blocked, -torch.inf)
+    top = z.amax(1).clamp_(min=torch.finfo(z.dtype).min)  # a shard may hold forbidden ids alone
+    at_target = z.gather(1, index)
+    target = at_target.squeeze(1).where(here, -torch.inf)
     if "is_top1" in outputs:
-        top, first = z.max(1)
-        is_top1 = first == targets_n
-    else:
-        top = z.amax(1)
-    p = torch.softmax(z, 1, out=z)
-    entropy = entropy_kept = log_sum_sq_probs = None
+        ids = torch.arange(z.shape[1], device=z.device)
+        beaten = ((z > at_target) | ((z == at_target) & (ids < index))).any(1).to(z.dtype)
+    factor = zeros + 1 if damping is None else damping.gather(1, index).squeeze(1)
+    e = z.sub_(top[:, None]).exp_()
+    e.scatter_(1, index, e.gather(1, index).masked_fill_(here[:, None], 0))
+    others = e.sum(1)
+    terms = None
     if "entropy" in outputs or entropy_grad:
-        log_p_times_p = torch.xlogy(p, p)
-        entropy = -log_p_times_p.sum(1)
-        if entropy_grad:
-            entropy_kept = log_p_times_p.addcmul_(p, entropy[:, None])
-            if factor is not None:
-                entropy_kept.mul_(factor)
+        terms = torch.xlogy(e, e)
+        weighted = terms.sum(1)
     if "log_sum_sq_probs" in outputs:
-        log_sum_sq_probs = torch.linalg.vecdot(p, p).log()
-    target_probs = p.gather(1, index).squeeze(1)
-    log_total = -p.amax(1).log()  # the largest probability is 1 / sum of exp(z - max)
-    p.scatter_(1, index, 0.0)
-    # 1 - p_t as a sum of the others: subtracting loses everything near p_t = 1
-    others = p.sum(1)
-    logprobs = torch.where(target_logits == top, -torch.log1p(others / target_probs), (target_logits - top) - log_total)
-    target_weight = kept = None
-    if grad:
-        target_weight, kept = others, p
-        if factor is not None:
-            target_weight = others * factor.gather(1, index).squeeze(1)
-            kept.mul_(factor)
-    return Rows(
-        logprobs,
-        entropy if "entropy" in outputs else None,
-        is_top1,
-        mean_logits,
-        log_sum_sq_probs,
-        target_weight,
-        kept,
-        entropy_kept,
-    )
+        squares = torch.linalg.vecdot(e, e)
+    raw = Raw(top, others, target, factor, zeros + 1, weighted, squares, total, allowed, beaten)
+    if not (grad or entropy_grad):
+        return Rows(raw, None, None, None)
+    return Rows(raw, e, terms if entropy_grad else None, damping)
+
+
+def gradient_matrix(part: Rows) -> torch.Tensor:
+    """D but for its target column, over the logits' memory."""
+    assert part.matrix is not None
+    return part.matrix if part.damping is None else part.matrix.mul_(part.damping)
+
+
+def entropy_matrix(part: Rows, whole: Raw, targets_n: torch.Tensor) -> torch.Tensor:
+    """E over the terms' memory; `whole` are the statistics of all shards. To be called before `gradient_matrix`."""
+    assert part.matrix is not None and part.entropy_terms is not None
+    shift = (part.raw.top - whole.top) - whole.mean_distance()
+    matrix = part.entropy_terms.addcmul_(part.matrix, shift[:, None])
+    distance = part.raw.target - part.raw.top
+    own = torch.where(distance == -torch.inf, 0, distance.exp() * (distance + shift))
+    place(matrix, targets_n, own)
+    if part.damping is not None:
+        matrix.mul_(part.damping)
+    return matrix
+
+
+def place(matrix_nV: torch.Tensor, targets_n: torch.Tensor, values_n: torch.Tensor) -> None:
+    """matrix[i, targets[i]] = values[i] where this shard has the target."""
+    here = (targets_n >= 0) & (targets_n < matrix_nV.shape[1])
+    index = targets_n.clamp(0, matrix_nV.shape[1] - 1)[:, None]
+    own = matrix_nV.gather(1, index).squeeze(1)
+    matrix_nV.scatter_(1, index, values_n.to(own.dtype).where(here, own)[:, None])

@@ -10,7 +10,15 @@ def logits(hidden_NH, weight_VH, *, bias=None, temperature=1.0, logit_scale=1.0,
 
     temperature  float, or [N]
     """
-    s_NV = logit_scale * (hidden_NH @ weight_VH.T + (0 if bias is None else bias))
+    product_NV = hidden_NH @ weight_VH.T
+    return shaped(
+        product_NV, bias=bias, temperature=temperature, logit_scale=logit_scale, softcap=softcap, forbidden=forbidden
+    )
+
+
+def shaped(product_NV, *, bias=None, temperature=1.0, logit_scale=1.0, softcap=None, forbidden=None):
+    """z of a matmul h W^T, or of logits."""
+    s_NV = logit_scale * (product_NV + (0 if bias is None else bias))
     if softcap is not None:
         s_NV = softcap * torch.tanh(s_NV / softcap)
     z_NV = s_NV / (temperature[:, None] if isinstance(temperature, torch.Tensor) else temperature)
