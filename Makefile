@@ -28,8 +28,8 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/mypy
 
-bench: $(INSTALLED) # TRL is the peer on the CPU
-	$(BIN)/python -m pip install --quiet -c constraints.txt trl
+bench: $(INSTALLED) # TRL and Liger are the peers that run on the CPU
+	$(BIN)/python -m pip install --quiet -c constraints.txt trl liger-kernel==0.8.5
 	$(BIN)/python -m bench
 
 gpu: # on a machine with a CUDA device, nvcc and GPU_PYTHON's torch; needs no network

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from bench.record import read
+from bench.run import mebibytes, percent, three
 
-Key = tuple[str, str, str, str]
+Key = tuple[str, str, str, str, str]
 
 
 def latest(path: Path) -> dict[Key, dict]:
     """The last line of each case and provider."""
-    return {(line["stem"], line["case"], line["device"], line["provider"]): line for line in read(path)}
+    return {_key(line): line for line in read(path)}
 
 
 def show(before: Path, after: Path, console: Console) -> None:
@@ -22,13 +24,22 @@ def show(before: Path, after: Path, console: Console) -> None:
     both = [key for key in new if key in old]
     if not both:
         raise ValueError(f"{before} and {after} share no case")
-    out = Table(title=f"{before.name} -> {after.name}", title_justify="left")
-    for heading in ("op", "case", "device", "provider", "before", "after", "after / before"):
-        out.add_column(heading)
-    for key in both:
-        was, now = old[key]["seconds"], new[key]["seconds"]
-        out.add_row(*key, f"{was * 1e3:.3g} ms", f"{now * 1e3:.3g} ms", f"{now / was:.2f}")
+    console.print(f"{before.name} -> {after.name}", markup=False)
+    for (stem, case, shape, device), keys in groupby(both, key=lambda key: key[:4]):
+        out = Table(title=f"{stem}: {case}\n{shape} on {device}", title_justify="left", title_style="bold")
+        for heading in ("provider", "before", "after", "after / before", "roofline, after", "peak before", "after"):
+            out.add_column(heading, justify="left" if heading == "provider" else "right")
+        for key in keys:
+            was, now = old[key], new[key]
+            times = f"{three(was['seconds'] * 1e3)} ms", f"{three(now['seconds'] * 1e3)} ms"
+            ratio = f"{now['seconds'] / was['seconds']:.2f}"
+            out.add_row(key[-1], *times, ratio, percent(now), mebibytes(was), mebibytes(now))
+        console.print(out)
     machines = {line["environment"]["machine"] for lines in (old, new) for line in lines.values()}
-    console.print(out)
     if len(machines) > 1:
         console.print(f"the two ran on different machines: {', '.join(sorted(machines))}")
+
+
+def _key(line: dict) -> Key:
+    shape = " ".join(f"{name}={size}" for name, size in line["shape"].items())
+    return line["stem"], line["case"], f"{shape} {line['dtype']}", line["device"], line["provider"]

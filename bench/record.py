@@ -12,13 +12,17 @@ from pathlib import Path
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+PEERS = ("trl", "liger-kernel", "verl", "cut-cross-entropy", "quack-kernels", "unsloth-zoo")
 
 
 def environment(device: torch.device) -> dict[str, str | int | None]:
-    versions = {name: _version(name) for name in ("torch", "triton", "trl", "r1v2-fast")}
+    versions = {name: installed(name) for name in ("torch", "triton", "r1v2-fast", *PEERS)}
     found: dict[str, str | int | None] = {
-        "commit": _commit(), **versions, "python": platform.python_version(), "threads": torch.get_num_threads(),
-    }  # fmt: skip
+        "commit": _commit(),
+        **{name: version for name, version in versions.items() if version is not None},
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+    }
     if device.type == "cuda":
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         driver = subprocess.run(command, capture_output=True, text=True).stdout.split()
@@ -36,7 +40,7 @@ def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
 
 
-def _version(package: str) -> str | None:
+def installed(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -21,15 +21,20 @@ def interleaved(
     functions: Mapping[str, Callable[[], object]], *, device: torch.device, rounds: int
 ) -> dict[str, Timing]:
     """Median, least and most seconds of each function, after one warm-up of each."""
-    clock = _cuda_seconds if device.type == "cuda" else _seconds
+    measure = clock(device)
     for function in functions.values():
-        clock(function)
+        measure(function)
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     names = list(functions)
     for turn in range(rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            seconds[name].append(clock(functions[name]))
+            seconds[name].append(measure(functions[name]))
     return {name: Timing(statistics.median(s), min(s), max(s), rounds) for name, s in seconds.items()}
+
+
+def clock(device: torch.device) -> Callable[[Callable[[], object]], float]:
+    """Seconds of one call: the stream's on CUDA, the wall's on the CPU."""
+    return _cuda_seconds if device.type == "cuda" else _seconds
 
 
 def _seconds(function: Callable[[], object]) -> float:

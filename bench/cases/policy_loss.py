@@ -33,16 +33,16 @@ def ours(given: Inputs):
     return loss.detach(), torch.autograd.grad(loss, given.logprobs)[0]
 
 
-def pytorch(given: Inputs):
-    sequences = len(given.advantages)
-    logprobs, old, advantages = (
-        given.logprobs.view(sequences, -1),
-        given.old.view(sequences, -1),
-        given.advantages[:, None],
-    )
+def formula(logprobs: torch.Tensor, old: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+    """The mean over responses of equal length of each one's mean clipped loss."""
+    logprobs, old, advantages = logprobs.view(len(advantages), -1), old.view(len(advantages), -1), advantages[:, None]
     ratio = (logprobs - old).exp()
     term = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
-    loss = term.mean(1).mean()
+    return term.mean(1).mean()
+
+
+def pytorch(given: Inputs):
+    loss = formula(given.logprobs, given.old, given.advantages)
     return loss.detach(), torch.autograd.grad(loss, given.logprobs)[0]
 
 
