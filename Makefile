@@ -5,7 +5,7 @@ RECIPE ?= digits
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: train test slow lint types bench gpu wheel
+.PHONY: train test slow lint types bench gpu gpu-build gpu-test gpu-sanitize gpu-bench wheel
 
 $(INSTALLED): pyproject.toml constraints.txt setup.py
 	$(PYTHON) -m venv .venv
@@ -32,10 +32,25 @@ bench: $(INSTALLED) # TRL and Liger are the peers that run on the CPU
 	$(BIN)/python -m pip install --quiet -c constraints.txt trl liger-kernel==0.8.5
 	$(BIN)/python -m bench
 
-gpu: # on a machine with a CUDA device, nvcc and GPU_PYTHON's torch; needs no network
+KERNELS := linear_logprob linear_logprob_grads linear_logprob_sparse group_advantage
+SANITIZER := compute-sanitizer --error-exitcode 1
+
+gpu: gpu-build gpu-test gpu-sanitize gpu-bench # with a CUDA device, nvcc and GPU_PYTHON's torch; needs no network
+
+gpu-build:
 	R1V2_FAST_CUDA=1 $(GPU_PYTHON) setup.py build_ext --inplace
+
+gpu-test: gpu-build
 	$(GPU_PYTHON) -m pytest -m gpu
-	compute-sanitizer --error-exitcode 1 $(GPU_PYTHON) -m pytest -m gpu tests/test_native.py
+
+gpu-sanitize: gpu-build
+	$(SANITIZER) $(GPU_PYTHON) -m pytest -m gpu tests/test_native.py
+	for tool in memcheck racecheck initcheck; do for kernel in $(KERNELS); do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool $(GPU_PYTHON) tests/kernel_checks/$$kernel.py cuda || exit 1; \
+	done; done
+
+gpu-bench: # tune first: the row kernel's launch parameters are part of what is measured
+	$(GPU_PYTHON) -m bench tune
 	$(GPU_PYTHON) -m bench --device cuda --output bench/results/gpu.jsonl
 
 wheel: $(INSTALLED)

@@ -1,4 +1,4 @@
-"""python -m bench [contract | run [STEM ...] | compare BEFORE AFTER]; without a word: contract, then every case."""
+"""python -m bench [contract | run [STEM ...] | compare BEFORE AFTER | tune]; without a word: contract, then every case."""
 
 from __future__ import annotations
 
@@ -24,11 +24,16 @@ def main() -> int:
     two = what.add_parser("compare", help="two result files")
     two.add_argument("before", type=Path)
     two.add_argument("after", type=Path)
+    what.add_parser("tune", help="measure the row kernel's launch parameters on this GPU and keep them")
     arguments = parser.parse_args()
     console = Console()
     if arguments.what == "compare":
         compare.show(arguments.before, arguments.after, console)
         return 0
+    if arguments.what == "tune":
+        from bench import tune  # triton's errors exist where triton does
+
+        return tune.show(console)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)

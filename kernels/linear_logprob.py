@@ -214,10 +214,13 @@ def launch(
     one_read: bool | None = None,
     own: bool | None = None,
     padded: bool = False,
+    parameters: dict[str, int] | None = None,
 ) -> None:
     """Raw statistics of n rows and, where `matrix_nV` is given, D with exp(z - m) f = D scale.
 
-    one_read  None: in bf16   own  whether D holds the target's entry, else 0; None: in 16 bits
+    one_read    None: in bf16
+    own         whether D holds the target's entry, else 0; None: in 16 bits
+    parameters  of the launch; None: those measured on the device
     """
     rows = len(targets_n)
     if not rows:
@@ -242,5 +245,5 @@ def launch(
         NORMALISE=dtype == torch.float16,
         STORED=STORED[dtype],
         LIMIT=LIMIT,
-        **_launch.parameters("linear_logprob", head["logits"].device, head["V"]),
+        **(parameters or _launch.parameters("linear_logprob", head["logits"].device, head["V"])),
     )

@@ -185,3 +185,18 @@ def test_a_peaked_policy_keeps_its_shares_in_bf16_and_refuses_what_it_cannot_sha
     assert hidden.dtype == weight.dtype == torch.bfloat16 and (mass >= 1 - TAU).sum() == 80
     with pytest.raises(ValueError, match="h must be at least 64 and v within 2048 .. 262144, got h = 64, v = 1000"):
         peaked_policy(10, 64, 1000)
+
+
+def test_tuning_keeps_the_fastest_parameters_of_each_vocabulary_and_needs_a_gpu():
+    from bench import tune
+    from r1v2_fast.kernels import _launch
+
+    def clock(parameters, V):  # the fastest block grows with the vocabulary
+        return abs(parameters["BLOCK"] - V // 16) + parameters["num_warps"] / 100 + parameters["STAGES"] / 1000
+
+    rows = tune.tuned(clock, (16384, 131072))
+    assert [(row["V"], row["BLOCK"], row["STAGES"]) for row in rows] == [(16384, 1024, 1), (131072, 8192, 1)]
+    assert set(rows[0]) == {"V", *_launch.DEFAULT} and _launch.DEFAULT in tune.CANDIDATES
+    if not torch.cuda.is_available():
+        done = run("-m", "bench", "tune")
+        assert done.returncode == 1 and "there is none" in done.stdout

@@ -111,6 +111,16 @@ def test_the_kept_probabilities_stay_within_the_workspace():
     assert peak_bytes(step(MANY, head=True)) > small + MANY * V * 4 / 2  # all of them kept
 
 
+@pytest.mark.parametrize("head", [False, True])
+def test_a_given_workspace_bounds_what_is_held(head):
+    """Workspace, a few hidden-sized buffers and fp32 statistics, and the head's gradient where it trains."""
+    workspace, statistics = 8 << 20, 40 * MANY * 4
+    outputs = 2 * V * H * 4 if head else 0
+    run = step(MANY, head=head, workspace_bytes=workspace)
+    run()
+    assert_peak(run, workspace + 4 * MANY * H * 4 + statistics + outputs)
+
+
 def test_a_planted_n_times_v_tensor_breaks_the_bound():
     with pytest.raises(AssertionError, match="MiB held at the peak"):
         assert_peak(step(MANY, extra=lambda hidden, weight: torch.empty(MANY, V)), LIMIT)

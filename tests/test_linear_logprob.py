@@ -296,6 +296,7 @@ def test_wrong_arguments_say_what_was_expected_and_what_came(change, message):
     scale=st.sampled_from([0.1, 1, 30]),
 )
 def test_any_shape_and_scale_follows_the_relative_rule(n, h, v, seed, scale):
+    n *= 100  # of few rows the largest error is chance, and one that is certain has no error to compare with
     g = torch.Generator().manual_seed(seed)
     hidden, weight = torch.randn(n, h, generator=g) * scale, torch.randn(v, h, generator=g)
     targets = torch.randint(0, v, (n,), generator=g)
@@ -312,7 +313,7 @@ def test_any_shape_and_scale_follows_the_relative_rule(n, h, v, seed, scale):
     v=st.integers(2, 40),
     seed=st.integers(0, 999),
     scale=st.sampled_from([0.1, 1, 30]),
-    temperature=st.sampled_from([0.25, 0.5, 1.0, 2.0, 4.0]),  # others round once more: the pass multiplies by 1 / T
+    temperature=st.floats(0.3, 3.0),
 )
 def test_any_logits_follow_the_relative_rule(n, v, seed, scale, temperature):
     n *= 300  # the largest error of a few rows is chance: the rule compares two maxima, so both need many

@@ -193,7 +193,6 @@ def _head_grads_fake(hidden, weight, bias, *arguments):
 _forward = torch.ops.r1v2_fast.linear_logprob_forward.default
 _entropy_unit_grad = torch.ops.r1v2_fast.linear_logprob_entropy_grad.default
 _head_grads = torch.ops.r1v2_fast.linear_logprob_head_grads.default
-_kept_rows = torch.compiler.assume_constant_result(kept_rows)  # free memory is looked at once, when a graph is made
 
 
 class LinearLogProb(torch.autograd.Function):
@@ -204,7 +203,7 @@ class LinearLogProb(torch.autograd.Function):
     ):  # fmt: skip
         unit = grad_enabled and ctx.needs_input_grad[0]
         trains_head = grad_enabled and (ctx.needs_input_grad[1] or ctx.needs_input_grad[2])
-        keep = _kept_rows(len(weight), hidden.dtype, workspace, hidden.device) if trains_head else -1
+        keep = kept_rows(len(weight), hidden.dtype, workspace, hidden.device) if trains_head else -1
         shared = (
             temperature_N, temperature, logit_scale, softcap, ignore_index, forbidden, needs_grad, workspace, group, backend,
         )  # fmt: skip

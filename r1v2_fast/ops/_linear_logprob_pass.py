@@ -85,14 +85,15 @@ def padded(vocabulary: int, dtype: torch.dtype) -> int:
     return -(-vocabulary // per_line) * per_line
 
 
+@torch.compiler.assume_constant_result
+def _kept_bytes(device: torch.device) -> int:
+    """Free memory is looked at once a graph, when it is traced."""
+    return torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else KEPT_BYTES_CPU
+
+
 def kept_rows(vocabulary: int, compute: torch.dtype, workspace: int | None, device: torch.device) -> int:
     """Rows whose D may be kept for the weight gradient: three quarters of a given workspace."""
-    if workspace is not None:
-        budget = workspace * 3 // 4
-    elif device.type == "cuda":
-        budget = torch.cuda.mem_get_info(device)[0] // 4
-    else:
-        budget = KEPT_BYTES_CPU
+    budget = _kept_bytes(device) if workspace is None else workspace * 3 // 4
     return budget // (padded(vocabulary, compute) * compute.itemsize)
 
 
