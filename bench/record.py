@@ -52,7 +52,9 @@ def _commit() -> str | None:
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
     if head.returncode:
         return None
-    changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True).stdout
+    # results measure the code, they are not part of it
+    status = ["git", "status", "--porcelain", "-uno", "--", ":/", ":(exclude,top)bench/results"]
+    changed = subprocess.run(status, cwd=root, capture_output=True, text=True).stdout
     return head.stdout.strip() + ("+changes" if changed.strip() else "")
 
 

@@ -10,8 +10,10 @@ import torch
 from r1v2_fast.ops import _linear_logprob_rows as rows
 from r1v2_fast.ops._linear_logprob_autograd import blocked_ids, check_targets
 from r1v2_fast.ops._linear_logprob_matmul import accumulator
-from r1v2_fast.ops._linear_logprob_pass import CPU_TILE_BYTES, TILE_BYTES, triton_head
+from r1v2_fast.ops._linear_logprob_pass import TILE_BYTES, triton_head
 from r1v2_fast.ops._linear_logprob_rows import OUTPUTS, Shaping
+
+CPU_TILE_BYTES = 2 << 20  # no matmul here that wants many rows: what stays in a core's cache is faster
 
 _SHARED = (
     "Tensor targets, Tensor? temperature_N, float temperature, float? softcap, Tensor? forbidden, int ignore_index, "
@@ -109,10 +111,13 @@ def _write_grad(
         total = p * -g
         rows.place(total, targets[at], (others[at] / whole[at]) * g.squeeze(1))
         if grad_entropy is not None:  # d entropy / d z = -p (log p + entropy)
-            total -= distance.masked_fill_(p == 0, 0).sub_(mean_distance[at, None]).mul_(p).mul_(h)
+            distance.clamp_(min=torch.finfo(p.dtype).min / 2).sub_(mean_distance[at, None])  # p is 0 there, not NaN
+            total -= distance.mul_(p).mul_(h)
         if damping is not None:
             total *= damping
-        total /= shaping.temperature_of(at, total.dtype)
+        temperature = shaping.temperature_of(at, total.dtype)
+        if isinstance(temperature, torch.Tensor) or temperature != 1.0:
+            total /= temperature
         out[at] = total.masked_fill_(dead[at, None], 0).to(out.dtype)
 
 

@@ -151,13 +151,15 @@ def row_pass(
         ids = torch.arange(z.shape[1], device=z.device)
         beaten = ((z > at_target) | ((z == at_target) & (ids < index))).any(1).to(z.dtype)
     factor = zeros + 1 if damping is None else damping.gather(1, index).squeeze(1)
-    e = z.sub_(top[:, None]).exp_()
-    e.scatter_(1, index, e.gather(1, index).masked_fill_(here[:, None], 0))
-    others = e.sum(1)
+    distance = z.sub_(top[:, None])
     terms = None
     if "entropy" in outputs or entropy_grad:
-        terms = torch.xlogy(e, e)
-        weighted = terms.sum(1)
+        terms = distance.clamp(min=torch.finfo(z.dtype).min)  # 0 times -inf would be NaN
+    e = distance.exp_()
+    e.scatter_(1, index, e.gather(1, index).masked_fill_(here[:, None], 0))
+    others = e.sum(1)
+    if terms is not None:
+        weighted = terms.mul_(e).sum(1)
     if "log_sum_sq_probs" in outputs:
         squares = torch.linalg.vecdot(e, e)
     raw = Raw(top, others, target, factor, zeros + 1, weighted, squares, total, allowed, beaten)
