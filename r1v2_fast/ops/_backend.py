@@ -6,6 +6,7 @@ backend runs there, else the reason with what would work. `doctor` prints the sa
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 from collections.abc import Callable
@@ -54,6 +55,11 @@ def auto(op: str, device_type: str) -> str:
         if why_not is None and not (name == "triton" and device_type != "cuda"):
             return name
     raise AssertionError("unreachable: torch runs anywhere")
+
+
+def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device: make it the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def pick(op: str, backend: str, tensor: torch.Tensor, *, lacks: tuple[str, str | None] = ("", None)) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from r1v2_fast.ops import _linear_logprob_chunks as chunks
+from r1v2_fast.ops._backend import on_device_of
 from r1v2_fast.ops._linear_logprob_matmul import accumulator, exact
 from r1v2_fast.ops._linear_logprob_pass import Plan, kept_rows
 from r1v2_fast.ops._linear_logprob_rows import OUTPUTS, Shaping
@@ -120,7 +121,7 @@ def _forward_impl(
     if tolerance and hidden.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("grad_tolerance costs a sync, which CUDA graph capture forbids; use grad_tolerance=0")
     grad_rows, plain_rows = _split_rows(targets, needs_grad if unit or keep >= 0 else None, ignore_index)
-    with exact(hidden.device.type):
+    with exact(hidden.device.type), on_device_of(hidden):
         return tuple(
             chunks.forward(
                 hidden, targets, plan, grad_rows=grad_rows, plain_rows=plain_rows, unit=unit, entropy_grad=entropy_grad, keep=keep
@@ -148,7 +149,7 @@ def _entropy_grad_impl(
         backend,
     )  # fmt: skip
     rows, _ = _split_rows(targets, needs_grad, ignore_index)
-    with exact(hidden.device.type):
+    with exact(hidden.device.type), on_device_of(hidden):
         grad = chunks.entropy_unit_grad(hidden, targets, plan, rows)
     return grad if hidden.device.type == "cpu" else grad.masked_fill_((targets == ignore_index)[:, None], 0)
 
@@ -169,7 +170,7 @@ def _head_grads_impl(
     )  # fmt: skip
     rows, _ = _split_rows(targets, needs_grad, ignore_index)
     live = targets != ignore_index
-    with exact(hidden.device.type):
+    with exact(hidden.device.type), on_device_of(hidden):
         grad_weight, grad_bias = chunks.head_grads(
             hidden,
             targets,

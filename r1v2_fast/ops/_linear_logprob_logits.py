@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from r1v2_fast.ops import _linear_logprob_rows as rows
+from r1v2_fast.ops._backend import on_device_of
 from r1v2_fast.ops._linear_logprob_autograd import blocked_ids, check_targets
 from r1v2_fast.ops._linear_logprob_matmul import accumulator
 from r1v2_fast.ops._linear_logprob_pass import TILE_BYTES, triton_head
@@ -57,7 +58,8 @@ def _forward_impl(logits, targets, temperature_N, temperature, softcap, forbidde
     if backend == "triton":
         from r1v2_fast.kernels import linear_logprob as kernel
 
-        kernel.launch(triton_head(logits, shaping, slice(None)), targets, stacked, None, tuple(outputs))
+        with on_device_of(logits):
+            kernel.launch(triton_head(logits, shaping, slice(None)), targets, stacked, None, tuple(outputs))
     else:
         for at in _chunks(logits):
             wide = logits[at].to(stacked.dtype, copy=True)
@@ -98,7 +100,8 @@ def _write_grad(
 
         known = torch.cat((known, torch.stack(arrived)))
         head = triton_head(logits, shaping, slice(None))
-        kernel.launch_logits_grad(head, targets, known, out, entropy=grad_entropy is not None)
+        with on_device_of(logits):
+            kernel.launch_logits_grad(head, targets, known, out, entropy=grad_entropy is not None)
         return
     top, whole, others, mean_distance = known
     for at in _chunks(logits):

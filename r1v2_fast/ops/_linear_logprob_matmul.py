@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 import warnings
 from collections.abc import Iterator
 
@@ -21,17 +22,31 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+_precision_lock = threading.Lock()
+_precision_users: dict[str, int] = {}
+_precision_before: dict[str, str] = {}
+
+
 @contextlib.contextmanager
 def exact(device_type: str) -> Iterator[None]:
-    """Autocast off (the op has chosen its dtype), and fp32 multiplied as fp32: no TF32, no bf16 in its place."""
+    """Autocast off (the op has chosen its dtype), and fp32 multiplied as fp32: no TF32, no bf16 in its place.
+
+    The setting is the process's: of calls that overlap in threads, the first saves it and the last restores it.
+    """
     settings = torch.backends.cuda.matmul if device_type == "cuda" else torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = settings.fp32_precision
-    settings.fp32_precision = "ieee"
+    with _precision_lock:
+        _precision_users[device_type] = users = _precision_users.get(device_type, 0) + 1
+        if users == 1:
+            _precision_before[device_type] = settings.fp32_precision
+            settings.fp32_precision = "ieee"
     try:
         with torch.autocast(device_type, enabled=False):
             yield
     finally:
-        settings.fp32_precision = before
+        with _precision_lock:
+            _precision_users[device_type] -= 1
+            if not _precision_users[device_type]:
+                settings.fp32_precision = _precision_before[device_type]
 
 
 @functools.cache

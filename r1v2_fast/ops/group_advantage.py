@@ -162,20 +162,21 @@ def _triton_impl(
 ):
     from r1v2_fast.kernels import group_advantage as kernel  # Triton is imported when a kernel is wanted, not before
 
-    return kernel.launch(
-        rewards_NR.contiguous(),
-        offsets.contiguous(),
-        weights.contiguous(),
-        None if deciding is None else deciding.contiguous(),
-        leave_one_out=baseline == "leave_one_out",
-        divide=scale == "group",
-        correction=correction,
-        eps=eps,
-        clamp=eps_mode == "clamp",
-        raw_singleton=singleton == "raw",
-        tol=tol,
-        zero_uninformative=zero,
-    )
+    with _backend.on_device_of(rewards_NR):
+        return kernel.launch(
+            rewards_NR.contiguous(),
+            offsets.contiguous(),
+            weights.contiguous(),
+            None if deciding is None else deciding.contiguous(),
+            leave_one_out=baseline == "leave_one_out",
+            divide=scale == "group",
+            correction=correction,
+            eps=eps,
+            clamp=eps_mode == "clamp",
+            raw_singleton=singleton == "raw",
+            tol=tol,
+            zero_uninformative=zero,
+        )
 
 
 @torch.library.impl("r1v2_fast::group_advantage", "default")
