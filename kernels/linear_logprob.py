@@ -88,7 +88,7 @@ def row_kernel(
             logits, bias, blocked, tl.where(t >= 0, start, V) + lane, V, width, logit_scale, softcap, temperature,
             HAS_BIAS, HAS_BLOCKED, HAS_SCALE, HAS_SOFTCAP, HAS_TEMPERATURE,
         )  # fmt: skip
-        target = tl.max(tl.where(start + lane == t, z, -infinity), 0)
+        target = tl.where((t >= 0) & (t < V), tl.sum(tl.where(start + lane == t, z, 0.0), 0), -infinity)
     zeros = tl.zeros([BLOCK], tl.float32)
     others, weighted, squares, total, count, beaten = zeros, zeros, zeros, zeros, zeros, zeros
 
@@ -104,8 +104,8 @@ def row_kernel(
         if MEAN:
             total += tl.where(allowed, z, 0.0)
             count += tl.where(allowed, 1.0, 0.0)
-        if (t >= start) & (t < start + BLOCK):
-            target = tl.max(tl.where(ids == t, z, -infinity), 0)
+        if (t >= start) & (t < start + BLOCK) & (t < V):
+            target = tl.sum(tl.where(ids == t, z, 0.0), 0)  # a sum lets a NaN through, a maximum does not
             if HAS_SOFTCAP:
                 factor = tl.sum(tl.where(ids == t, f, 0.0), 0)
         higher = tl.maximum(top, tl.max(z, 0))
@@ -136,6 +136,7 @@ def row_kernel(
             scale = top * 0.0 + 1.0
             if NORMALISE:
                 scale = (rest + tl.exp(target - top)) * 0.000030517578125
+                scale = tl.where(scale == 0.0, 1.0, scale)  # a shard of forbidden ids alone
             for start in tl.range(0, V, BLOCK, num_stages=STAGES):
                 ids = start + lane
                 z, f = logits_of(
@@ -225,6 +226,7 @@ def launch(
     rows = len(targets_n)
     if not rows:
         return
+    assert targets_n.is_contiguous() and raw.stride(1) == 1 and head["logits"].stride(1) == 1
     dtype = torch.float32 if matrix_nV is None else matrix_nV.dtype
     own = dtype != torch.float32 if own is None else own
     row_kernel[(rows,)](

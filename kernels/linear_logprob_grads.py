@@ -129,6 +129,7 @@ def launch_logits_grad(
     head: dict, targets_n: torch.Tensor, known: torch.Tensor, grad_nV: torch.Tensor, *, entropy: bool
 ) -> None:
     block, warps = _tile(head)
+    assert targets_n.is_contiguous() and known.is_contiguous()
     if len(grad_nV):
         logits_grad_kernel[_grid(len(grad_nV), head["V"], block)](
             **head, targets=targets_n, known=known, grad=grad_nV, n=known.stride(0), grad_stride=grad_nV.stride(0),

@@ -13,7 +13,6 @@ import triton.language as tl
 from . import _launch
 from ._logits import logits_of
 
-CANDIDATES = 4096
 STEPS = 20  # of the bisection over some 30 octaves
 
 
@@ -147,18 +146,18 @@ def gather_kernel(
 
 
 def launch_select(
-    head: dict, targets_n: torch.Tensor, top_n: torch.Tensor, whole_n: torch.Tensor, budget: float
+    head: dict, targets_n: torch.Tensor, top_n: torch.Tensor, whole_n: torch.Tensor, budget: float, most: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(ids [n, C], values [n, C], counts [n])."""
+    """(ids [n, C], values [n, C], counts [n]) of at most C = `most` candidates a row, a power of 2."""
     rows, device = len(targets_n), targets_n.device
-    room = torch.empty(rows, 2 * CANDIDATES, dtype=torch.int32, device=device)
-    ids = torch.empty(rows, CANDIDATES, dtype=torch.int32, device=device)
-    values = torch.empty(rows, CANDIDATES, dtype=torch.float32, device=device)
+    room = torch.empty(rows, 2 * most, dtype=torch.int32, device=device)
+    ids = torch.empty(rows, most, dtype=torch.int32, device=device)
+    values = torch.empty(rows, most, dtype=torch.float32, device=device)
     counts = torch.empty(rows, dtype=torch.int32, device=device)
     if rows:
         select_kernel[(rows,)](
             **head, targets=targets_n, top=top_n, whole=whole_n, room=room, ids_out=ids, values_out=values,
-            counts=counts, budget=budget, lost=32 * torch.finfo(torch.float32).eps, C=CANDIDATES, STEPS=STEPS,
+            counts=counts, budget=budget, lost=32 * torch.finfo(torch.float32).eps, C=most, STEPS=STEPS,
             **_launch.parameters("linear_logprob", device, head["V"]),
         )  # fmt: skip
     return ids, values, counts
@@ -178,5 +177,5 @@ def launch_gather(
     if rows and H:
         gather_kernel[(rows, triton.cdiv(H, block))](
             *entries, targets_n, whole_n, at_target_n, weight_VH, out_nH, V, H, weight_VH.stride(0), weight_VH.stride(1),
-            C=CANDIDATES, COMPUTE=compute, K=8, BLOCK=block, num_warps=4,
+            C=entries[0].shape[1], COMPUTE=compute, K=8, BLOCK=block, num_warps=4,
         )  # fmt: skip

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from r1v2_fast.ops import linear_logprobs
+from r1v2_fast.ops._linear_logprob_rows import OUTPUTS
 from r1v2_fast.testing.flops import assert_flops, matmul_flops
 from r1v2_fast.testing.memory import assert_peak, peak_bytes
 
@@ -111,14 +112,25 @@ def test_the_kept_probabilities_stay_within_the_workspace():
     assert peak_bytes(step(MANY, head=True)) > small + MANY * V * 4 / 2  # all of them kept
 
 
-@pytest.mark.parametrize("head", [False, True])
-def test_a_given_workspace_bounds_what_is_held(head):
-    """Workspace, a few hidden-sized buffers and fp32 statistics, and the head's gradient where it trains."""
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"head": True},
+        {"softcap": 20.0, "bias": True},
+        {"outputs": OUTPUTS, "forbidden": torch.tensor([3]), "entropy_grad": True},
+        {"grad_tolerance": 2**-10},
+        {"grad_tolerance": 0.5, "softcap": 20.0},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_given_workspace_bounds_what_is_held(options):
+    """Workspace, a few hidden-sized buffers, [N] statistics, and the head's gradient where it trains."""
     workspace, statistics = 8 << 20, 40 * MANY * 4
-    outputs = 2 * V * H * 4 if head else 0
-    run = step(MANY, head=head, workspace_bytes=workspace)
+    outputs = 2 * V * H * 4 if options.get("head") else 0
+    run = step(MANY, workspace_bytes=workspace, **options)
     run()
-    assert_peak(run, workspace + 4 * MANY * H * 4 + statistics + outputs)
+    assert_peak(run, workspace + 5 * MANY * H * 4 + statistics + outputs)
 
 
 def test_a_planted_n_times_v_tensor_breaks_the_bound():

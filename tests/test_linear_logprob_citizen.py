@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -74,17 +75,46 @@ def test_either_output_alone_may_have_a_gradient(mode):
             assert_as_accurate(grad, same, exact, field)
 
 
-def test_what_arrives_at_rows_without_a_gradient_does_not_matter():
-    hidden, weight, targets = inputs(12)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_what_arrives_at_rows_without_a_gradient_or_stands_in_them_does_not_matter(dtype):
+    hidden, weight, targets = inputs(12, dtype=dtype)
     weight.requires_grad_()
     targets[3] = -100
     wanted = torch.arange(12) % 2 == 1
     silent = ~wanted | (targets == -100)
-    out = linear_logprobs(hidden, weight, targets, needs_grad=wanted, outputs=("entropy",), entropy_grad=True)
-    upstream = torch.ones(12).masked_fill(silent, torch.nan)
-    grads = torch.autograd.grad((out.logprobs, out.entropy), (hidden, weight), (upstream, upstream))
-    assert all(grad.isfinite().all() for grad in grads)
-    assert (grads[0][silent] == 0).all() and (grads[0][~silent] != 0).all()
+    with torch.no_grad():
+        hidden[2], hidden[3] = torch.nan, torch.inf
+    temperature = torch.ones(12)
+    temperature[3] = 0.0
+    out = linear_logprobs(
+        hidden, weight, targets, temperature=temperature, needs_grad=wanted, outputs=("entropy",), entropy_grad=True
+    )
+    for bad in (torch.nan, torch.inf):
+        upstream = torch.ones(12).masked_fill(silent, bad)
+        grads = torch.autograd.grad(
+            (out.logprobs, out.entropy), (hidden, weight), (upstream, upstream), retain_graph=True
+        )
+        assert all(grad.isfinite().all() for grad in grads)
+        assert (grads[0][silent] == 0).all() and (grads[0][~silent] != 0).any(1).all()
+
+
+def test_a_second_derivative_is_refused_and_not_left_out():
+    hidden, weight, targets = inputs(5)
+    logits = torch.randn(5, 9, requires_grad=True)
+    for leaf, out in (
+        (hidden, linear_logprobs(hidden, weight, targets).logprobs),
+        (logits, logprobs_from_logits(logits, targets % 9).logprobs),
+    ):
+        (grad,) = torch.autograd.grad(out.sum(), leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="not differentiable twice"):
+            grad.square().sum().backward()
+
+
+def test_autocast_leaves_fp64_alone():
+    hidden, weight, targets = inputs(6, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = linear_logprobs(hidden, weight, targets).logprobs
+    assert torch.equal(out, linear_logprobs(hidden, weight, targets).logprobs)
 
 
 def test_a_head_that_trains_alone_makes_no_hidden_gradient():
@@ -125,6 +155,18 @@ def test_fp32_stays_fp32_whatever_the_matmul_setting_and_the_setting_returns(pre
     finally:
         torch.set_float32_matmul_precision("highest")
     assert torch.equal(before, after)
+
+
+def test_calls_in_threads_leave_the_matmul_setting_as_it_was():
+    hidden, weight, targets = inputs(64, 64, 3000)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            calls = list(pool.map(lambda _: linear_logprobs(hidden, weight, targets).logprobs, range(12)))
+        assert all(torch.equal(calls[0], call) for call in calls)
+        assert torch.backends.mkldnn.matmul.fp32_precision != "ieee"
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_launch_parameters_come_from_the_nearest_vocabulary_and_their_absence_is_said_once(tmp_path, monkeypatch):
@@ -175,7 +217,9 @@ def steps(device="cuda"):
 
 
 @gpu
-@pytest.mark.parametrize("name", ["frozen", "trainable", "needs_grad", "entropy", "lazy entropy", "logits"])
+@pytest.mark.parametrize(
+    "name", ["frozen", "trainable", "needs_grad", "entropy", "lazy entropy", "forbidden", "logits"]
+)
 def test_no_call_syncs_with_the_host(name):
     run = steps()[name]
     run()
@@ -188,7 +232,9 @@ def test_no_call_syncs_with_the_host(name):
 
 
 @gpu
-@pytest.mark.parametrize("name", ["frozen", "trainable", "needs_grad", "entropy", "logits"])
+@pytest.mark.parametrize(
+    "name", ["frozen", "trainable", "needs_grad", "entropy", "lazy entropy", "forbidden", "logits"]
+)
 def test_a_cuda_graph_replays_the_call(name):
     run = steps()[name]
     stream = torch.cuda.Stream()
@@ -227,3 +273,18 @@ def test_a_bad_target_on_the_device_gives_nan_and_no_wild_read():
     assert out[2:5].isnan().all() and out[5:].isfinite().all()
     out[5:].sum().backward()
     assert hidden.grad[5:].isfinite().all()
+
+
+@gpu
+def test_ignored_rows_on_the_device_may_hold_anything():
+    hidden, weight, targets = inputs(8, 64, 5000, "cuda", torch.bfloat16)
+    weight.requires_grad_()
+    targets[2] = -100
+    with torch.no_grad():
+        hidden[2] = torch.nan
+    temperature = torch.ones(8, device="cuda")
+    temperature[2] = 0.0
+    out = linear_logprobs(hidden, weight, targets, temperature=temperature, outputs=("entropy",), entropy_grad=True)
+    (out.logprobs.sum() + out.entropy.sum()).backward()
+    assert out.logprobs[2] == 0 and (hidden.grad[2] == 0).all()
+    assert hidden.grad.isfinite().all() and weight.grad.isfinite().all()

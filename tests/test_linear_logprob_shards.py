@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from r1v2_fast import ops
+from r1v2_fast.reference import linear_logprob as reference
 from r1v2_fast.testing.accuracy import assert_as_accurate
 
 N, H, V = 24, 16, 130
@@ -76,6 +77,25 @@ def check_shards(rank, dtype, backend="auto"):
                     assert_as_accurate(grad, same, right, f"{name} entropy_grad={mode} {what}")
     if dtype == torch.float64:
         assert one.is_top1[0] and not one.is_top1[1]
+
+
+def check_far_shards(rank, dtype, backend):
+    """A target whose shard lies 100 nat below the other's maximum: its term must not pass through that shard's scale."""
+    own = slice(rank * V // 2, (rank + 1) * V // 2)
+    (hidden, weight, _), targets, upstream = inputs(torch.float64)
+    hidden[:, 0], weight[:, 0] = 10.0, 0.0
+    weight[100, 0] = 12.0  # a logit of 120 on rank 1; the targets are rank 0's
+    targets[1] = 7
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    leaves = hidden.clone().requires_grad_(), weight[own].clone().requires_grad_()
+    options = {"process_group": dist.group.WORLD, "backend": backend}
+    (ops.linear_logprobs(*leaves, targets, **options).logprobs * upstream).sum().backward()
+    wide = hidden.double().clone().requires_grad_(), weight.double().clone().requires_grad_()
+    (reference.linear_logprobs(*wide, targets)["logprobs"] * upstream).sum().backward()
+    plain = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    (reference.linear_logprobs(*plain, targets)["logprobs"] * upstream).sum().backward()
+    assert_as_accurate(leaves[0].grad, plain[0].grad, wide[0].grad, f"{dtype} hidden")
+    assert_as_accurate(leaves[1].grad, plain[1].grad[own], wide[1].grad[own], f"{dtype} weight")
 
 
 def check_tolerance(rank, backend="auto"):
@@ -149,9 +169,14 @@ def on_rank(rank: int, port: int, what: str):
         if what == "shards":
             check_shards(rank, torch.float64)
             check_shards(rank, torch.bfloat16)
+            for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+                check_far_shards(rank, dtype, "torch")
         elif what == "shards on triton":
             check_shards(rank, torch.float32, "triton")
             check_shards(rank, torch.bfloat16, "triton")
+            check_shards(rank, torch.float16, "triton")
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                check_far_shards(rank, dtype, "triton")
             check_tolerance(rank, "triton")
         else:
             check_tolerance(rank)

@@ -123,7 +123,8 @@ def test_rows_that_are_kept_for_a_training_head_and_the_heads_gradient_are_exact
     for near, exact in zip(grads(2**-6, None), grads(0.0, None), strict=True):
         assert torch.equal(near, exact)
     near, exact = grads(2**-6, 4096 * 4 * 20), grads(0.0, 4096 * 4 * 20)
-    assert torch.equal(near[1], exact[1]) and not torch.equal(near[0], exact[0])
+    assert (near[1] - exact[1]).abs().max() <= 1e-5 * exact[1].abs().max()  # other chunks, the same sum
+    assert not torch.equal(near[0][20:], exact[0][20:])
 
 
 @pytest.mark.parametrize("v", [FOLD * 300, FOLD * 300 + 5])

@@ -13,6 +13,7 @@ from r1v2_fast.ops._linear_logprob_matmul import accumulator, exact
 from r1v2_fast.ops._linear_logprob_pass import Plan, kept_rows
 from r1v2_fast.ops._linear_logprob_rows import OUTPUTS, Shaping
 from r1v2_fast.ops._linear_logprob_shard import shard_of
+from r1v2_fast.ops._once import differentiable_once
 
 _SHARED = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? temperature_N, float temperature, "
@@ -83,6 +84,16 @@ def _plan(
     )
 
 
+def _cleaned(hidden, temperature_N, targets, ignore_index: int):
+    """Ignored rows go along on a GPU, where leaving them out would sync: what they hold must not reach a sum."""
+    if hidden.device.type == "cpu":
+        return hidden, temperature_N
+    dead = targets == ignore_index
+    if temperature_N is not None:
+        temperature_N = temperature_N.masked_fill(dead, 1.0)
+    return hidden.masked_fill(dead[:, None], 0), temperature_N
+
+
 _captured: list[torch.Tensor] = []  # what a CUDA graph reads when it is replayed
 
 
@@ -113,6 +124,7 @@ def _forward_impl(
     hidden, weight, bias, targets, temperature_N, temperature, logit_scale, softcap, ignore_index, forbidden, needs_grad,
     workspace, group, backend, outputs, unit, entropy_grad, keep, tolerance,
 ):  # fmt: skip
+    hidden, temperature_N = _cleaned(hidden, temperature_N, targets, ignore_index)
     plan = _plan(
         hidden, weight, bias, temperature_N, temperature, logit_scale, softcap, ignore_index, forbidden, workspace, group,
         backend, outputs, tolerance,
@@ -144,6 +156,7 @@ def _entropy_grad_impl(
     hidden, weight, bias, targets, temperature_N, temperature, logit_scale, softcap, ignore_index, forbidden, needs_grad,
     workspace, group, backend,
 ):  # fmt: skip
+    hidden, temperature_N = _cleaned(hidden, temperature_N, targets, ignore_index)
     plan = _plan(
         hidden, weight, bias, temperature_N, temperature, logit_scale, softcap, ignore_index, forbidden, workspace, group,
         backend,
@@ -151,7 +164,7 @@ def _entropy_grad_impl(
     rows, _ = _split_rows(targets, needs_grad, ignore_index)
     with exact(hidden.device.type), on_device_of(hidden):
         grad = chunks.entropy_unit_grad(hidden, targets, plan, rows)
-    return grad if hidden.device.type == "cpu" else grad.masked_fill_((targets == ignore_index)[:, None], 0)
+    return grad
 
 
 @torch.library.register_fake("r1v2_fast::linear_logprob_entropy_grad")
@@ -164,6 +177,7 @@ def _head_grads_impl(
     hidden, weight, bias, targets, temperature_N, temperature, logit_scale, softcap, ignore_index, forbidden, needs_grad,
     workspace, group, backend, kept, kept_factor, target_weight, grad_logprobs, grad_entropy,
 ):  # fmt: skip
+    hidden, temperature_N = _cleaned(hidden, temperature_N, targets, ignore_index)
     plan = _plan(
         hidden, weight, bias, temperature_N, temperature, logit_scale, softcap, ignore_index, forbidden, workspace, group,
         backend,
@@ -213,7 +227,11 @@ class LinearLogProb(torch.autograd.Function):
         )
         ctx.shared, ctx.entropy_grad, ctx.trains_head = shared[1:5] + shared[7:], entropy_grad, trains_head
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden, weight, bias, targets, temperature_N, forbidden, needs_grad, *made)
+        ctx.hidden_dtype = hidden.dtype
+        again = (hidden, weight, bias, targets, temperature_N, forbidden, needs_grad)
+        if not (trains_head or (entropy_grad is None and unit)):  # nothing is recomputed
+            again = (None,) * 7
+        ctx.save_for_backward(*again, *made)
         asked = [
             value if name in outputs else None
             for name, value in zip(OUTPUTS, (entropy, is_top1, mean_logits, log_sum_sq_probs), strict=True)
@@ -225,7 +243,7 @@ class LinearLogProb(torch.autograd.Function):
         return (logprobs, *asked)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, grad_logprobs, grad_entropy, *unused):
         (
             hidden, weight, bias, targets, temperature_N, forbidden, needs_grad,
@@ -246,14 +264,16 @@ class LinearLogProb(torch.autograd.Function):
             silent = factor == 0  # such rows have no gradient, whatever arrives
             if grad_entropy is None:
                 scale = (grad_logprobs * factor).masked_fill(silent, 0)
-                grad_hidden = torch.mul(unit, scale[:, None], out=torch.empty_like(hidden))  # one pass, no fp32 copy
+                grad_hidden = torch.mul(
+                    unit, scale[:, None], out=torch.empty_like(unit, dtype=ctx.hidden_dtype)
+                )  # one pass
             else:
                 if ctx.entropy_grad is None:
                     entropy_unit = _entropy_unit_grad(*shared)
                 total = entropy_unit * grad_entropy.masked_fill(silent, 0)[:, None]
                 if grad_logprobs is not None:
                     total = total + unit * (grad_logprobs * factor).masked_fill(silent, 0)[:, None]
-                grad_hidden = total.to(hidden.dtype)
+                grad_hidden = total.to(ctx.hidden_dtype)
         if ctx.trains_head:
             if grad_logprobs is None:
                 grad_logprobs = torch.zeros_like(grad_entropy)

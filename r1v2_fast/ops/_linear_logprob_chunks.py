@@ -147,13 +147,8 @@ def _store_grads(
 ) -> None:
     raw = chunk.raw
     if len(result.unit):
-        product = chunk.product(targets_n, plan)
-        if plan.shard is not None:
-            product = _summed(product * raw.scale[:, None], plan)
-            unit_scale[at] = 1.0
-        else:
-            unit_scale[at] = raw.scale
-        result.unit[at] = product.to(result.unit.dtype)
+        result.unit[at] = _summed(chunk.product(targets_n, plan), plan).to(result.unit.dtype)
+        unit_scale[at] = torch.ones_like(raw.scale) if plan.target_apart else raw.scale
     if chunk.entropy_matrix is not None:
         result.entropy_unit[at] = _entropy_product(chunk, at, plan).to(result.entropy_unit.dtype)
     if kept is not None:
@@ -195,16 +190,12 @@ def _finish(result: Forward, raw: Raw, targets_N: torch.Tensor, plan: Plan, unit
         store(getattr(result, name), raw.result(name))
     factor = -(plan.shaping.row_scale(slice(None), plan.wide) / raw.sum())
     if len(result.factor):
-        store(result.factor, factor * unit_scale)
+        store(result.factor, (factor * unit_scale).masked_fill(unit_scale == 0, 0))  # 0 even in a row of NaN
     if len(result.kept_factor):
-        store(result.kept_factor, factor * kept_scale)
+        store(result.kept_factor, (factor * kept_scale).masked_fill(kept_scale == 0, 0))
         store(
             result.target_weight, plan.shaping.row_scale(slice(None), plan.wide) * (raw.others / raw.sum() * raw.factor)
         )
-    if targets_N.device.type != "cpu":  # there ignored rows went along: leaving them out would sync
-        for unit in (result.unit, result.entropy_unit):
-            if len(unit):
-                unit.masked_fill_(dead[:, None], 0)
 
 
 def _recomputed(
@@ -260,8 +251,9 @@ def head_grads(
     if compute == torch.float16 and len(
         hidden_NH
     ):  # upstream gradients may leave its range: their largest is divided out
-        arrived = grad_logprobs_N if grad_entropy_N is None else torch.stack((grad_logprobs_N, grad_entropy_N))
-        unit = arrived.abs().amax().clamp(min=1e-30) / FP16_SCALE
+        arrived = grad_logprobs_N[None] if grad_entropy_N is None else torch.stack((grad_logprobs_N, grad_entropy_N))
+        largest = (arrived if grad_rows is None else arrived[:, grad_rows]).abs().flatten()
+        unit = torch.cat((largest, largest.new_full((1,), 1e-30))).amax() / FP16_SCALE
     fresh = True
 
     def accumulate(matrix_nV: torch.Tensor, at: Index, coefficient_n: torch.Tensor) -> None:

@@ -13,6 +13,7 @@ from r1v2_fast.ops._linear_logprob_autograd import blocked_ids, check_targets
 from r1v2_fast.ops._linear_logprob_matmul import accumulator
 from r1v2_fast.ops._linear_logprob_pass import TILE_BYTES, triton_head
 from r1v2_fast.ops._linear_logprob_rows import OUTPUTS, Shaping
+from r1v2_fast.ops._once import differentiable_once
 
 CPU_TILE_BYTES = 2 << 20  # no matmul here that wants many rows: what stays in a core's cache is faster
 
@@ -139,6 +140,7 @@ def _backward_fake(logits, *arguments):
 @torch.library.impl("r1v2_fast::logits_logprob_backward_", "default")
 def _backward_inplace_impl(logits, *arguments):
     _write_grad(logits, logits, *arguments)
+    torch.autograd.graph.increment_version(logits)  # autograd does not see a kernel write
 
 
 @torch.library.register_fake("r1v2_fast::logits_logprob_backward_")
@@ -169,7 +171,7 @@ class _LogitsLogProb(torch.autograd.Function):
         return logprobs, entropy, is_top1, mean_logits, log_sum_sq_probs
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, grad_logprobs, grad_entropy, *unused):
         logits, targets, temperature_N, forbidden, known = ctx.saved_tensors
         temperature, softcap, ignore_index, backend, entropy_grad, inplace = ctx.settings
@@ -191,10 +193,12 @@ def from_logits(
 ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
     shape = targets.shape
     per_token = isinstance(temperature, torch.Tensor)
+    if inplace_grad and any(size > 1 and step == 0 for size, step in zip(logits.shape, logits.stride(), strict=True)):
+        raise ValueError(f"inplace_grad needs logits that do not overlap, got strides {logits.stride()}")
     flat = logits.reshape(-1, logits.shape[-1])
     results = _LogitsLogProb.apply(
         flat if flat.stride(1) == 1 else flat.contiguous(),
-        targets.reshape(-1),
+        targets.reshape(-1).contiguous(),
         temperature.expand(shape).reshape(-1) if per_token else None,
         1.0 if per_token else float(temperature),
         None if softcap is None else float(softcap),

@@ -37,7 +37,9 @@ def exact(device_type: str) -> Iterator[None]:
     with _precision_lock:
         _precision_users[device_type] = users = _precision_users.get(device_type, 0) + 1
         if users == 1:
-            _precision_before[device_type] = settings.fp32_precision
+            before = settings.fp32_precision
+            above = torch._C._get_fp32_precision_getter("cuda" if device_type == "cuda" else "mkldnn", "all")
+            _precision_before[device_type] = "none" if before == above else before  # goes on following what it followed
             settings.fp32_precision = "ieee"
     try:
         with torch.autocast(device_type, enabled=False):

@@ -18,6 +18,7 @@ from r1v2_fast.ops._linear_logprob_shard import Shard, combine
 TILE_BYTES = 1 << 30  # logits of a chunk on a GPU
 CPU_TILE_BYTES = 16 << 20  # on a CPU a chunk that stays near the caches is faster
 KEPT_BYTES_CPU = 1 << 30
+FP16_ENTROPY_SCALE = 2.0**11  # |E| stays below 23
 ROW_MULTIPLE = 128  # rows of a chunk that is not the last: the matmul's tile
 
 
@@ -47,9 +48,9 @@ class Plan:
     def target_apart(self) -> bool:
         """D is 0 at the target, whose term, the largest, is added in the end: it loses nothing in the matmul's sum.
 
-        Not where a kernel writes D in 16 bits, whose rounding outweighs that.
+        Not where a kernel writes D in 16 bits, whose rounding outweighs that, unless other shards hold what it sums.
         """
-        return not (self.backend == "triton" and self.compute in HALVES)
+        return self.shard is not None or not (self.backend == "triton" and self.compute in HALVES)
 
     @property
     def wide(self) -> torch.dtype:
@@ -60,23 +61,38 @@ class Plan:
         return targets_n if self.shard is None else targets_n - self.shard.first
 
     def chunk_rows(self, count: int, kept: int, grad: bool, entropy_grad: bool) -> int:
-        """Rows of a chunk: logits and what is written beside them fit what the kept rows leave of the workspace."""
-        beside = (
-            self.compute.itemsize * (grad + entropy_grad) if self.compute in HALVES and self.backend == "triton" else 0
-        )
+        """Rows of a chunk: logits and what stands beside them fit what the kept rows leave of the workspace."""
+        tile = self.vocabulary * self.wide.itemsize
         on_cpu = self.weight.device.type == "cpu"
-        cpu_tile = CPU_TILE_BYTES * (
-            2 if self.weight.shape[1] >= 1024 else 1
-        )  # the wider the head, the more the matmul counts
-        most = (cpu_tile if on_cpu else TILE_BYTES) // (self.vocabulary * self.wide.itemsize)
+        # the wider the head, the more the matmul counts, which likes many rows
+        most = (CPU_TILE_BYTES << (self.weight.shape[1] >= 1024) if on_cpu else TILE_BYTES) // (tile + self._scratch())
         if self.workspace is not None:
             left = self.workspace - kept * padded(self.vocabulary, self.compute) * self.compute.itemsize
-            most = min(most, left // (self.vocabulary * (self.wide.itemsize + beside)))
+            most = min(most, left // (tile + self._beside(grad, entropy_grad) + self._scratch()))
         most = max(1, most)
         if on_cpu or count <= most:
             return most
         even = -(-count // -(-count // most))  # chunks of one size, so that none is too thin for the matmul
         return min(most, -(-even // ROW_MULTIPLE) * ROW_MULTIPLE)
+
+    def _beside(self, grad: bool, entropy_grad: bool) -> int:
+        """Bytes a row beside its logits: the kernel's matrices, or the temporaries of the row pass on torch."""
+        if self.backend == "triton":
+            return self.vocabulary * self.compute.itemsize * (grad * (self.compute in HALVES) + entropy_grad)
+        shaping = self.shaping
+        tiles = (shaping.softcap is not None and (grad or entropy_grad)) + ("entropy" in self.outputs or entropy_grad)
+        tiles += ("is_top1" in self.outputs) + (shaping.blocked is not None and "mean_logits" in self.outputs)
+        tiles += grad * (4 * (self.tolerance > 0) + (self.compute == torch.float16))
+        return self.vocabulary * self.wide.itemsize * tiles
+
+    def _scratch(self) -> int:
+        """Bytes a row of the kernel that selects entries."""
+        return 16 * candidates(self.vocabulary) if self.tolerance and self.backend == "triton" else 0
+
+
+def candidates(vocabulary: int) -> int:
+    """Entries of a row that the row-sparse gradient's kernel looks at."""
+    return min(4096, 1 << max(0, vocabulary - 1).bit_length())
 
 
 def padded(vocabulary: int, dtype: torch.dtype) -> int:
@@ -87,8 +103,11 @@ def padded(vocabulary: int, dtype: torch.dtype) -> int:
 
 @torch.compiler.assume_constant_result
 def _kept_bytes(device: torch.device) -> int:
-    """Free memory is looked at once a graph, when it is traced."""
-    return torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else KEPT_BYTES_CPU
+    """Free memory, what the allocator holds unused included; looked at once a graph, when it is traced."""
+    if device.type != "cuda":
+        return KEPT_BYTES_CPU
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return (torch.cuda.mem_get_info(device)[0] + unused) // 4
 
 
 def kept_rows(vocabulary: int, compute: torch.dtype, workspace: int | None, device: torch.device) -> int:
@@ -107,19 +126,22 @@ def room(like: torch.Tensor, count: int, vocabulary: int, dtype: torch.dtype) ->
 class Chunk(NamedTuple):
     raw: Raw  # of the whole row, on every shard
     matrix: torch.Tensor | None  # D [n, V]
-    own: torch.Tensor  # [n]: D at the target, which the matrix holds unless `Plan.target_apart`
     entropy_matrix: torch.Tensor | None  # E [n, V]
     entropy_scale: torch.Tensor | None  # [n]: E is exp(z - m) (...) f divided by this
 
     def product(self, targets_n: torch.Tensor, plan: Plan) -> torch.Tensor:
-        """D W [n, H] of this shard."""
+        """D scale W [n, H] of this shard; D W where D holds the target, for its rows to be scaled later."""
         assert self.matrix is not None
         product = back_project(self.matrix, plan.weight, plan.compute)
-        return add_target(product, self.own, targets_n, plan) if plan.target_apart else product
+        if plan.shard is not None:  # elsewhere a D without the target has scale 1
+            product.mul_(self.raw.scale[:, None])
+        if plan.target_apart:
+            add_target(product, self.raw.at_target(), plan.here(targets_n), plan)
+        return product
 
 
-def add_target(product_nH: torch.Tensor, own_n: torch.Tensor, targets_n: torch.Tensor, plan: Plan) -> torch.Tensor:
-    targets = plan.here(targets_n)
+def add_target(product_nH: torch.Tensor, own_n: torch.Tensor, targets: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """product += own W[target], in place, where this shard has the target."""
     own = own_n.where((targets >= 0) & (targets < plan.vocabulary), 0)
     weight = plan.weight[targets.clamp(0, plan.vocabulary - 1)].to(plan.compute)
     return product_nH.addcmul_(weight.to(product_nH.dtype), own[:, None])
@@ -145,9 +167,12 @@ def run_chunk(
     whole = part.raw if plan.shard is None else combine(part.raw, targets, plan.shard)
     entropy_matrix = rows.entropy_matrix(part, whole, targets) if entropy_grad else None
     matrix = rows.gradient_matrix(part) if grad else None
-    return Chunk(
-        whole, matrix, whole.at_target(), entropy_matrix, (part.raw.top - whole.top).exp() if entropy_grad else None
-    )
+    if entropy_matrix is None:
+        return Chunk(whole, matrix, None, None)
+    scale = (part.raw.top - whole.top).exp()
+    if plan.compute == torch.float16:  # as the kernel stores it
+        entropy_matrix, scale = entropy_matrix.mul_(FP16_ENTROPY_SCALE), scale / FP16_ENTROPY_SCALE
+    return Chunk(whole, matrix, entropy_matrix, scale)
 
 
 def _triton_chunk(logits_nV, targets, at, plan: Plan, grad: bool, entropy_grad: bool, into) -> Chunk:
@@ -163,18 +188,16 @@ def _triton_chunk(logits_nV, targets, at, plan: Plan, grad: bool, entropy_grad: 
     head = triton_head(logits_nV, plan.shaping, at, padded=True)
     stacked = logits_nV.new_empty(len(rows.RAW), len(logits_nV), dtype=torch.float32)
     outputs = plan.outputs + (("entropy",) if entropy_grad else ())
-    kernel.launch(head, targets, stacked, matrix, outputs, padded=True)
+    kernel.launch(head, targets, stacked, matrix, outputs, own=not plan.target_apart, padded=True)
     own = whole = rows.raw_of(stacked)
     if plan.shard is not None:
         whole = combine(own, targets, plan.shard)
-        if matrix is not None and not plan.target_apart:
-            rows.place(matrix, targets, whole.at_target())
     if entropy_grad:
         shift = (own.top - whole.top) - whole.mean_distance()
         entropy_matrix = room(logits_nV, len(logits_nV), plan.vocabulary, plan.compute)
         factor = grads.launch_entropy(head, own.top, shift, entropy_matrix)
         entropy_scale = (own.top - whole.top).exp() / factor
-    return Chunk(whole, matrix, whole.at_target(), entropy_matrix, entropy_scale)
+    return Chunk(whole, matrix, entropy_matrix, entropy_scale)
 
 
 def triton_head(logits_nV: torch.Tensor, shaping: Shaping, at: torch.Tensor | slice, *, padded: bool = False) -> dict:

@@ -11,6 +11,7 @@ Dividing a row of D W by S is cheaper than dividing V of its terms, and lets D b
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -64,8 +65,8 @@ class Raw(NamedTuple):
         return self.others + self.exponential()
 
     def at_target(self) -> torch.Tensor:
-        """D at the target. 1 - p_t is a sum of the others: subtracting loses everything near p_t = 1."""
-        return -self.others * self.factor / self.scale
+        """D scale at the target. 1 - p_t is a sum of the others: subtracting loses everything near p_t = 1."""
+        return -self.others * self.factor
 
     def log_sum(self) -> torch.Tensor:
         """log S; the sum of the others keeps its relative precision where the target dominates."""
@@ -104,10 +105,19 @@ class Rows(NamedTuple):
     damping: torch.Tensor | None  # f [n, V], with a softcap
 
 
+@functools.cache
+def _first_exp() -> None:
+    """PyTorch's first parallel exp of a process, after a matmul, may err by 1e-4 in one thread's first row (4 of 24
+    processes, torch 2.13, 2026-11-24); after one exp on one thread none did."""
+    torch.zeros(1).exp_()
+
+
 def shape_logits(
     z_nV: torch.Tensor, shaping: Shaping, rows: torch.Tensor | slice, *, damping: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(z in place of the matmul h W^T, f if asked for and there is a softcap)."""
+    if z_nV.device.type == "cpu":
+        _first_exp()
     factor = None
     if shaping.bias is not None:
         z_nV.add_(shaping.bias)
@@ -161,7 +171,7 @@ def row_pass(
     if terms is not None:
         weighted = terms.mul_(e).sum(1)
     if "log_sum_sq_probs" in outputs:
-        squares = torch.linalg.vecdot(e, e)
+        squares = torch.linalg.vector_norm(e, dim=1).square()  # vecdot would hold e^2
     raw = Raw(top, others, target, factor, zeros + 1, weighted, squares, total, allowed, beaten)
     if not (grad or entropy_grad):
         return Rows(raw, None, None, None)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from r1v2_fast.ops import _linear_logprob_rows as rows
 from r1v2_fast.ops._linear_logprob_matmul import back_project, project
-from r1v2_fast.ops._linear_logprob_pass import Plan, add_target, run_chunk, triton_head
+from r1v2_fast.ops._linear_logprob_pass import Plan, add_target, candidates, run_chunk, triton_head
 from r1v2_fast.ops._linear_logprob_rows import Raw
 from r1v2_fast.ops._linear_logprob_shard import combine
 
@@ -26,16 +26,16 @@ class Dense:
         self.most = most  # rows held at a time
         self.held: list[tuple[torch.Tensor, ...]] = []
 
-    def add(self, rows_m: torch.Tensor, matrix_mV, own_m, scale_m, targets_m) -> None:
-        self.held.append((rows_m, matrix_mV, own_m, scale_m, targets_m))
+    def add(self, rows_m: torch.Tensor, matrix_mV, own_m, targets_m) -> None:
+        self.held.append((rows_m, matrix_mV, own_m, targets_m))
 
     def flush(self, unit_NH: torch.Tensor, plan: Plan, *, all_: bool) -> None:
-        """D scale W of the held rows into `unit_NH`, if there are many or if they are all."""
+        """D W of the held rows into `unit_NH`, if there are many or if they are all."""
         if not self.held or not (all_ or sum(len(held[0]) for held in self.held) >= self.most):
             return
-        at, matrix, own, scale, targets = (torch.cat(parts) for parts in zip(*self.held, strict=True))
+        at, matrix, own, targets = (torch.cat(parts) for parts in zip(*self.held, strict=True))
         product = add_target(back_project(matrix, plan.weight, plan.compute), own, targets, plan)
-        unit_NH[at] = product.mul_(scale[:, None]).to(unit_NH.dtype)
+        unit_NH[at] = product.to(unit_NH.dtype)
         self.held.clear()
 
 
@@ -49,10 +49,11 @@ def unit_product(hidden_nH, targets_n, at, plan: Plan, logits_nV, dense: Dense) 
         raw, (product, left) = chunk.raw, _torch(chunk.matrix, chunk.raw, plan)
         if plan.shard is not None:  # another shard has other rows left: all join one sum
             product[left] = back_project(chunk.matrix[left], plan.weight, plan.compute)
+            product.mul_(raw.scale[:, None])
         elif len(left):
             where = at[left] if isinstance(at, torch.Tensor) else left + at.start
-            dense.add(where, chunk.matrix[left], chunk.own[left], raw.scale[left], targets_n[left])
-        product = add_target(product, chunk.own, targets_n, plan).mul_(raw.scale[:, None])
+            dense.add(where, chunk.matrix[left], raw.at_target()[left], targets_n[left])
+        add_target(product, raw.at_target(), plan.here(targets_n), plan)
     if plan.shard is not None:
         plan.shard.sum(product)
     return raw, product
@@ -125,9 +126,11 @@ def _triton(hidden_nH, targets_n, at, plan: Plan, logits_nV) -> tuple[Raw, torch
     own = whole = rows.raw_of(stacked)
     if plan.shard is not None:
         whole = combine(own, targets, plan.shard)
-    entries = sparse.launch_select(head, targets, whole.top.contiguous(), whole.sum(), _budget(plan))
+    entries = sparse.launch_select(
+        head, targets, whole.top.contiguous(), whole.sum(), _budget(plan), candidates(plan.vocabulary)
+    )
     product = logits_nV.new_empty(len(logits_nV), weight.shape[1])
-    own_value = -whole.others * whole.factor
+    own_value = whole.at_target()
     sparse.launch_gather(entries, targets, whole.sum(), own_value, weight, kernel.STORED[plan.compute], product)
     dense = (entries[2] < 0).nonzero().squeeze(1)  # the sync that a tolerance costs, one a chunk
     if len(dense):
@@ -142,8 +145,8 @@ def _dense(logits_mV, targets_m, at, dense, plan: Plan, whole: Raw, own_value_m:
     which = torch.arange(at.start, at.stop, device=dense.device)[dense] if isinstance(at, slice) else at[dense]
     matrix = torch.empty_like(logits_mV, dtype=plan.compute)
     stacked = logits_mV.new_empty(len(rows.RAW), len(logits_mV), dtype=torch.float32)
-    kernel.launch(triton_head(logits_mV, plan.shaping, which), targets_m, stacked, matrix, ())
+    kernel.launch(triton_head(logits_mV, plan.shaping, which), targets_m, stacked, matrix, (), own=False)
     own = rows.raw_of(stacked)
     scale = own.scale * (own.top - whole.top[dense]).exp()
-    rows.place(matrix, targets_m, own_value_m / scale)
-    return back_project(matrix, plan.weight, plan.compute) * scale[:, None]
+    product = back_project(matrix, plan.weight, plan.compute) * scale[:, None]
+    return add_target(product, own_value_m, targets_m, plan)

@@ -73,9 +73,18 @@ def linear_logprobs(
                     forbidden; RuntimeError where the backend cannot run
     source          d logprob_t / d h = logit_scale / T sum_v (1hot - p)_v (1 - (s_v / softcap)^2) W_v holds under any loss
     """
+    if process_group is not None and type(weight).__name__ == "DTensor":
+        raise ValueError(
+            "process_group takes this rank's shard of the weight as a plain tensor, got a DTensor; pass .to_local()"
+        )
     weight = _gathered(weight)
     bias = None if bias is None else _gathered(bias)
-    _check(hidden, weight, targets, bias, temperature, softcap, forbidden, needs_grad, outputs)
+    _check(hidden, weight, targets, bias, temperature, softcap, forbidden, needs_grad, outputs, ignore_index)
+    if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
+        raise ValueError(f"process_group must be a torch.distributed.ProcessGroup, got {type(process_group).__name__}")
+    if entropy_grad not in (True, False, None):
+        raise ValueError(f"entropy_grad must be True, False or None, got {entropy_grad!r}")
+    entropy_grad = None if entropy_grad is None else bool(entropy_grad)
     if not grad_tolerance >= 0:
         raise ValueError(f"grad_tolerance must be 0 or above, got {grad_tolerance}")
     if workspace_bytes is not None and workspace_bytes < 1:
@@ -84,7 +93,7 @@ def linear_logprobs(
         entropy_grad = False
     elif entropy_grad is None and torch.compiler.is_compiling():
         raise ValueError("entropy_grad must be True or False under torch.compile, got None (recompute when it arrives)")
-    if torch.is_autocast_enabled(hidden.device.type):
+    if hidden.dtype != torch.float64 and torch.is_autocast_enabled(hidden.device.type):  # autocast leaves fp64 alone
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     chosen = _backend.pick("linear_logprob", backend, hidden, lacks=("triton", _triton_lacks(hidden)))
     if needs_grad is not None and needs_grad.device.type != "cpu":
@@ -99,7 +108,7 @@ def linear_logprobs(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
-        targets.reshape(-1),
+        targets.reshape(-1).contiguous(),
         temperature.expand(shape).reshape(-1) if isinstance(temperature, torch.Tensor) else None,
         1.0 if per_token else float(temperature),
         float(logit_scale),
@@ -169,7 +178,9 @@ def logprobs_from_logits(
     """
     if logits.dim() < 1 or targets.shape != logits.shape[:-1]:
         raise ValueError(f"targets must be logits' {tuple(logits.shape[:-1])}, got {tuple(targets.shape)}")
-    _check_values(targets, temperature, softcap, forbidden, outputs, logits)
+    if not logits.shape[-1]:
+        raise ValueError(f"logits must have a vocabulary, got {tuple(logits.shape)}")
+    _check_values(targets, temperature, softcap, forbidden, outputs, logits, ignore_index)
     chosen = _backend.pick("linear_logprob", backend, logits, lacks=("triton", _triton_lacks(logits)))
     wanted = tuple(name for name in OUTPUTS if name in outputs)
     logprobs, extras = from_logits(
@@ -187,7 +198,7 @@ def logprobs_from_logits(
     return LogProbs(logprobs, *extras)
 
 
-def _check(hidden, weight, targets, bias, temperature, softcap, forbidden, needs_grad, outputs) -> None:
+def _check(hidden, weight, targets, bias, temperature, softcap, forbidden, needs_grad, outputs, ignore_index) -> None:
     if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"hidden [..., H] and weight [V, H] must agree, got {tuple(hidden.shape)}, {tuple(weight.shape)}"
@@ -200,22 +211,52 @@ def _check(hidden, weight, targets, bias, temperature, softcap, forbidden, needs
         raise ValueError(
             f"needs_grad must be bool {tuple(targets.shape)}, got {needs_grad.dtype} {tuple(needs_grad.shape)}"
         )
-    _check_values(targets, temperature, softcap, forbidden, outputs, hidden)
+    if not weight.numel():
+        raise ValueError(f"weight must not be empty, got {tuple(weight.shape)}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and (tensor.dtype not in DTYPES or tensor.device != hidden.device):
+            raise ValueError(
+                f"{name} must be floating point on hidden's {hidden.device}, got {tensor.dtype} on {tensor.device}"
+            )
+    _check_values(targets, temperature, softcap, forbidden, outputs, hidden, ignore_index)
 
 
-def _check_values(targets, temperature, softcap, forbidden, outputs, values) -> None:
+def _check_values(targets, temperature, softcap, forbidden, outputs, values, ignore_index) -> None:
     if values.dtype not in DTYPES:
         raise ValueError(f"expected one of {[str(d) for d in DTYPES]}, got {values.dtype}")
-    if targets.dtype != torch.int64:
-        raise ValueError(f"targets must be int64, got {targets.dtype}")
+    if targets.dtype != torch.int64 or targets.device != values.device:
+        raise ValueError(f"targets must be int64 on {values.device}, got {targets.dtype} on {targets.device}")
     if isinstance(temperature, torch.Tensor):
-        if torch.broadcast_shapes(temperature.shape, targets.shape) != targets.shape:
-            raise ValueError(f"temperature must be a float or {tuple(targets.shape)}, got {tuple(temperature.shape)}")
+        _check_temperatures(temperature, targets, ignore_index)
     elif not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be above 0 or None, got {softcap}")
-    if forbidden is not None and (forbidden.dim() != 1 or forbidden.dtype != torch.int64):
-        raise ValueError(f"forbidden must be int64 [F], got {forbidden.dtype} {tuple(forbidden.shape)}")
+    if forbidden is not None and not isinstance(forbidden, torch.Tensor):
+        raise ValueError(f"forbidden must be an int64 tensor [F], got {type(forbidden).__name__}")
+    if forbidden is not None and (forbidden.dim(), forbidden.dtype, forbidden.device) != (
+        1,
+        torch.int64,
+        values.device,
+    ):
+        found = f"{forbidden.dtype} {tuple(forbidden.shape)} on {forbidden.device}"
+        raise ValueError(f"forbidden must be int64 [F] on {values.device}, got {found}")
     if unknown := [name for name in outputs if name not in OUTPUTS]:
         raise ValueError(f"outputs must be among {OUTPUTS}, got {unknown}")
+
+
+def _check_temperatures(temperature: torch.Tensor, targets: torch.Tensor, ignore_index: int) -> None:
+    shape, own = tuple(targets.shape), tuple(temperature.shape)
+    fits = len(own) <= len(shape) and all(a in (1, b) for a, b in zip(own[::-1], shape[::-1], strict=False))
+    if not fits or temperature.device != targets.device:
+        raise ValueError(
+            f"temperature must be a float or {shape} on {targets.device}, got {own} on {temperature.device}"
+        )
+    if temperature.requires_grad:
+        raise ValueError("temperature has no gradient here, got one that requires it; detach it")
+    if (
+        temperature.device.type == "cpu" and not torch.compiler.is_compiling()
+    ):  # values are looked at where that costs no sync
+        bad = ~(temperature > 0).expand(shape) & (targets != ignore_index)
+        if bad.any():
+            raise ValueError(f"temperature must be above 0, got {temperature.expand(shape)[bad][0].item()}")

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from r1v2_fast.ops import _backend
+from r1v2_fast.ops._once import differentiable_once
 
 _backend.register("mpo_loss")
 
@@ -191,7 +192,7 @@ class _MPOLoss(torch.autograd.Function):
         return loss, *metrics
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, grad_loss, *unused):
         (grad,) = ctx.saved_tensors
         return grad * grad_loss, *(None,) * 10

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from r1v2_fast.ops import _backend
+from r1v2_fast.ops._once import differentiable_once
 
 _backend.register("policy_loss")
 
@@ -260,7 +261,7 @@ class _PolicyLoss(torch.autograd.Function):
         return loss, metrics
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, grad_loss, grad_metrics):
         (grad,) = ctx.saved_tensors
         return grad * grad_loss, *(None,) * 16

@@ -165,10 +165,34 @@ def check_rows_without_gradient(device):
     assert_as_accurate(out.detach(), same.detach(), exact.detach())
 
 
+def check_strides(device):
+    """Targets and temperatures of any stride, overlapping ones too: a kernel reads them row by row."""
+    (hidden, weight, _), targets, _ = inputs(torch.float32, device)
+    twice = torch.stack((targets, targets.flip(0)), 1)
+    temperature = torch.linspace(0.5, 2.0, N, device=device)
+    wide = torch.stack((temperature, temperature), 1)
+    for logprobs in (
+        lambda t, s: linear_logprobs(hidden, weight, t, temperature=s, backend="triton").logprobs,
+        lambda t, s: logprobs_from_logits(hidden @ weight.T, t, temperature=s, backend="triton").logprobs,
+    ):
+        assert torch.equal(logprobs(twice[:, 0], wide[:, 1]), logprobs(targets, temperature))
+        one = torch.tensor([2600], device=device)
+        assert torch.equal(logprobs(one.expand(N), 0.7), logprobs(one.repeat(N), 0.7))
+
+
+def check_nan_target(device):
+    """A NaN in the target's row of W alone gives NaN, not -inf."""
+    (hidden, weight, _), targets, _ = inputs(torch.float32, device)
+    weight[targets[5]] = torch.nan
+    assert linear_logprobs(hidden, weight, targets, outputs=("is_top1",), backend="triton").logprobs[5].isnan()
+
+
 def main(device):
     check_one_read(device)
     check_near_certainty(device)
     check_any_split(device)
+    check_strides(device)
+    check_nan_target(device)
     check_rows_without_gradient(device)
     checked = sum(1 for _ in head_cases(device))
     assert checked == len(DTYPES) * len(OPTIONS)

@@ -62,10 +62,34 @@ def check_ignored_rows_may_hold_anything(device):
     assert out.logprobs[0] == 0 and (leaf.grad[0] == 0).all() and leaf.grad[1].isfinite().all()
 
 
+def check_writing_over_the_logits_is_seen_by_autograd(device):
+    """Another consumer of the logits, or a second backward, must raise and not compute with what lies there now."""
+    for backend in ("triton", "torch"):
+        held = torch.randn(3, 50, device=device, requires_grad=True) * 1.0
+        other = held.square().sum()
+        targets = torch.tensor([1, 2, 3], device=device)
+        out = logprobs_from_logits(held, targets, inplace_grad=True, backend=backend).logprobs.sum()
+        out.backward(retain_graph=True)
+        for again in (other, out):
+            try:
+                again.backward()
+            except RuntimeError as error:
+                assert "modified by an inplace operation" in str(error)
+            else:
+                raise AssertionError(f"{backend}: a gradient was made of overwritten logits")
+        try:
+            logprobs_from_logits(torch.zeros(1, 50, device=device).expand(3, 50), targets, inplace_grad=True)
+        except ValueError as error:
+            assert "do not overlap" in str(error)
+        else:
+            raise AssertionError("overlapping rows were accepted")
+
+
 def main(device):
     checked = sum(1 for _ in logits_cases(device))
     assert checked == len(shared.DTYPES) * len(shared.OPTIONS)
     check_ignored_rows_may_hold_anything(device)
+    check_writing_over_the_logits_is_seen_by_autograd(device)
     print(f"{checked} cases as accurate as PyTorch's own dtype")
 
 
