@@ -55,17 +55,29 @@ def check_targets(targets_N: torch.Tensor, forbidden: torch.Tensor | None, vocab
         return
     if len(outside := forbidden[(forbidden < 0) | (forbidden >= vocabulary)]):
         raise ValueError(f"forbidden ids must lie in [0, {vocabulary}), got {outside.tolist()}")
-    if (hit := live & torch.isin(targets_N, forbidden.cpu())).any():
+    if (hit := live & torch.isin(targets_N, forbidden)).any():
         row = int(hit.nonzero()[0])
         raise ValueError(f"target {int(targets_N[row])} at token {row} is forbidden: its log-prob would be -inf")
 
 
-def _plan(
-    hidden, weight, bias, temperature_N, temperature, logit_scale, softcap, ignore_index, forbidden, workspace, group,
-    backend, outputs=(), tolerance=0.0,
-) -> Plan:  # fmt: skip
+def _cleaned(hidden, temperature_N, targets, ignore_index: int):
+    """Ignored rows go along on a GPU, where leaving them out would sync: what they hold must not reach a sum."""
+    if hidden.device.type == "cpu":
+        return hidden, temperature_N
+    dead = targets == ignore_index
+    if temperature_N is not None:
+        temperature_N = temperature_N.masked_fill(dead, 1.0)
+    return hidden.masked_fill(dead[:, None], 0), temperature_N
+
+
+def _prepared(
+    hidden, weight, bias, targets, temperature_N, temperature, logit_scale, softcap, ignore_index, forbidden, workspace,
+    group, backend, outputs=(), tolerance=0.0,
+) -> tuple[torch.Tensor, Plan]:  # fmt: skip
+    """(hidden, the plan), fit for ignored rows to go along."""
+    hidden, temperature_N = _cleaned(hidden, temperature_N, targets, ignore_index)
     shard = shard_of(group, len(weight))
-    return Plan(
+    return hidden, Plan(
         weight,
         Shaping(
             None if bias is None else bias.contiguous(),
@@ -82,16 +94,6 @@ def _plan(
         ignore_index,
         tolerance,
     )
-
-
-def _cleaned(hidden, temperature_N, targets, ignore_index: int):
-    """Ignored rows go along on a GPU, where leaving them out would sync: what they hold must not reach a sum."""
-    if hidden.device.type == "cpu":
-        return hidden, temperature_N
-    dead = targets == ignore_index
-    if temperature_N is not None:
-        temperature_N = temperature_N.masked_fill(dead, 1.0)
-    return hidden.masked_fill(dead[:, None], 0), temperature_N
 
 
 _captured: list[torch.Tensor] = []  # what a CUDA graph reads when it is replayed
@@ -124,10 +126,9 @@ def _forward_impl(
     hidden, weight, bias, targets, temperature_N, temperature, logit_scale, softcap, ignore_index, forbidden, needs_grad,
     workspace, group, backend, outputs, unit, entropy_grad, keep, tolerance,
 ):  # fmt: skip
-    hidden, temperature_N = _cleaned(hidden, temperature_N, targets, ignore_index)
-    plan = _plan(
-        hidden, weight, bias, temperature_N, temperature, logit_scale, softcap, ignore_index, forbidden, workspace, group,
-        backend, outputs, tolerance,
+    hidden, plan = _prepared(
+        hidden, weight, bias, targets, temperature_N, temperature, logit_scale, softcap, ignore_index, forbidden, workspace,
+        group, backend, outputs, tolerance,
     )  # fmt: skip
     check_targets(targets, forbidden, plan.whole_vocabulary, ignore_index)
     if tolerance and hidden.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -156,15 +157,13 @@ def _entropy_grad_impl(
     hidden, weight, bias, targets, temperature_N, temperature, logit_scale, softcap, ignore_index, forbidden, needs_grad,
     workspace, group, backend,
 ):  # fmt: skip
-    hidden, temperature_N = _cleaned(hidden, temperature_N, targets, ignore_index)
-    plan = _plan(
-        hidden, weight, bias, temperature_N, temperature, logit_scale, softcap, ignore_index, forbidden, workspace, group,
-        backend,
+    hidden, plan = _prepared(
+        hidden, weight, bias, targets, temperature_N, temperature, logit_scale, softcap, ignore_index, forbidden, workspace,
+        group, backend,
     )  # fmt: skip
     rows, _ = _split_rows(targets, needs_grad, ignore_index)
     with exact(hidden.device.type), on_device_of(hidden):
-        grad = chunks.entropy_unit_grad(hidden, targets, plan, rows)
-    return grad
+        return chunks.entropy_unit_grad(hidden, targets, plan, rows)
 
 
 @torch.library.register_fake("r1v2_fast::linear_logprob_entropy_grad")
@@ -177,10 +176,9 @@ def _head_grads_impl(
     hidden, weight, bias, targets, temperature_N, temperature, logit_scale, softcap, ignore_index, forbidden, needs_grad,
     workspace, group, backend, kept, kept_factor, target_weight, grad_logprobs, grad_entropy,
 ):  # fmt: skip
-    hidden, temperature_N = _cleaned(hidden, temperature_N, targets, ignore_index)
-    plan = _plan(
-        hidden, weight, bias, temperature_N, temperature, logit_scale, softcap, ignore_index, forbidden, workspace, group,
-        backend,
+    hidden, plan = _prepared(
+        hidden, weight, bias, targets, temperature_N, temperature, logit_scale, softcap, ignore_index, forbidden, workspace,
+        group, backend,
     )  # fmt: skip
     rows, _ = _split_rows(targets, needs_grad, ignore_index)
     live = targets != ignore_index
@@ -264,9 +262,8 @@ class LinearLogProb(torch.autograd.Function):
             silent = factor == 0  # such rows have no gradient, whatever arrives
             if grad_entropy is None:
                 scale = (grad_logprobs * factor).masked_fill(silent, 0)
-                grad_hidden = torch.mul(
-                    unit, scale[:, None], out=torch.empty_like(unit, dtype=ctx.hidden_dtype)
-                )  # one pass
+                grad_hidden = torch.empty_like(unit, dtype=ctx.hidden_dtype)
+                torch.mul(unit, scale[:, None], out=grad_hidden)  # in one pass, without an fp32 copy
             else:
                 if ctx.entropy_grad is None:
                     entropy_unit = _entropy_unit_grad(*shared)

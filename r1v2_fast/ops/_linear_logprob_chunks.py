@@ -92,7 +92,7 @@ def forward(
     count = len(hidden_NH) if grad_rows is None else len(grad_rows)
     keep = min(max(keep, 0), count)
     result.kept[:, plan.vocabulary :].zero_()  # padding that a kernel may read
-    stacked = hidden_NH.new_zeros(len(rows.RAW), len(hidden_NH), dtype=plan.wide)
+    stacked = rows.raw_room(hidden_NH, len(hidden_NH), plan.wide).zero_()
     unit_scale, kept_scale = torch.zeros_like(stacked[:2])  # 0 stays where no gradient is made
     size = plan.chunk_rows(count, keep, unit or keep > 0, entropy_grad)
     dense = sparse.Dense(size)
@@ -176,19 +176,14 @@ def _summed(product_nH: torch.Tensor, plan: Plan) -> torch.Tensor:
 
 def _finish(result: Forward, raw: Raw, targets_N: torch.Tensor, plan: Plan, unit_scale, kept_scale) -> None:
     """Log-probs, statistics and factors of all rows from their raw statistics."""
-    vocabulary = plan.whole_vocabulary
-    dead = targets_N == plan.ignore_index
-    bad = ~dead & ((targets_N < 0) | (targets_N >= vocabulary))  # on a CPU it raised already
 
     def store(out: torch.Tensor, values: torch.Tensor) -> None:
-        if out.is_floating_point():
-            values = values.masked_fill(bad, torch.nan)
-        out.copy_(values.masked_fill(dead, 0))
+        out.copy_(rows.settled(values, targets_N, plan.whole_vocabulary, plan.ignore_index))
 
     store(result.logprobs, raw.logprobs())
     for name in plan.outputs:
         store(getattr(result, name), raw.result(name))
-    factor = -(plan.shaping.row_scale(slice(None), plan.wide) / raw.sum())
+    factor = _factor(raw, slice(None), plan)
     if len(result.factor):
         store(result.factor, (factor * unit_scale).masked_fill(unit_scale == 0, 0))  # 0 even in a row of NaN
     if len(result.kept_factor):
@@ -196,6 +191,11 @@ def _finish(result: Forward, raw: Raw, targets_N: torch.Tensor, plan: Plan, unit
         store(
             result.target_weight, plan.shaping.row_scale(slice(None), plan.wide) * (raw.others / raw.sum() * raw.factor)
         )
+
+
+def _factor(raw: Raw, at: Index, plan: Plan) -> torch.Tensor:
+    """-c / S [n]."""
+    return -(plan.shaping.row_scale(at, plan.wide) / raw.sum())
 
 
 def _recomputed(
@@ -228,7 +228,7 @@ def _entropy_product(chunk: Chunk, at: Index, plan: Plan) -> torch.Tensor:
 def entropy_factor(chunk: Chunk, at: Index, plan: Plan) -> torch.Tensor:
     """[n]: d entropy / d (h W^T) = factor E."""
     assert chunk.entropy_scale is not None
-    return -(plan.shaping.row_scale(at, plan.wide) / chunk.raw.sum()) * chunk.entropy_scale
+    return _factor(chunk.raw, at, plan) * chunk.entropy_scale
 
 
 def head_grads(
@@ -248,9 +248,7 @@ def head_grads(
     grad_weight = hidden_NH.new_empty(plan.weight.shape, dtype=wide)
     grad_bias = None if plan.shaping.bias is None else hidden_NH.new_empty(plan.vocabulary, 1, dtype=wide)
     unit: torch.Tensor | float = 1.0
-    if compute == torch.float16 and len(
-        hidden_NH
-    ):  # upstream gradients may leave its range: their largest is divided out
+    if compute == torch.float16 and len(hidden_NH):  # what arrives may leave its range: the largest is divided out
         arrived = grad_logprobs_N[None] if grad_entropy_N is None else torch.stack((grad_logprobs_N, grad_entropy_N))
         largest = (arrived if grad_rows is None else arrived[:, grad_rows]).abs().flatten()
         unit = torch.cat((largest, largest.new_full((1,), 1e-30))).amax() / FP16_SCALE
@@ -271,8 +269,7 @@ def head_grads(
         accumulate(kept[:held, : plan.vocabulary], at, grad_logprobs_N[at] * kept_factor_N[at])
     for at, chunk in _recomputed(hidden_NH, targets_N, plan, grad_rows, held, held, entropy=False):
         matrix, scale = _storable(chunk, plan)
-        factor = -(plan.shaping.row_scale(at, wide) / chunk.raw.sum()) * scale
-        accumulate(matrix, at, grad_logprobs_N[at] * factor)
+        accumulate(matrix, at, grad_logprobs_N[at] * (_factor(chunk.raw, at, plan) * scale))
     if grad_entropy_N is not None:
         for at, chunk in _recomputed(hidden_NH, targets_N, plan, grad_rows, 0, held, entropy=True):
             assert chunk.entropy_matrix is not None

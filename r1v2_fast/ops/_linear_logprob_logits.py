@@ -11,7 +11,7 @@ from r1v2_fast.ops import _linear_logprob_rows as rows
 from r1v2_fast.ops._backend import on_device_of
 from r1v2_fast.ops._linear_logprob_autograd import blocked_ids, check_targets
 from r1v2_fast.ops._linear_logprob_matmul import accumulator
-from r1v2_fast.ops._linear_logprob_pass import TILE_BYTES, triton_head
+from r1v2_fast.ops._linear_logprob_pass import TILE_BYTES, triton_head, triton_rows
 from r1v2_fast.ops._linear_logprob_rows import OUTPUTS, Shaping
 from r1v2_fast.ops._once import differentiable_once
 
@@ -55,27 +55,20 @@ def _blank(logits: torch.Tensor, outputs: list[str]) -> list[torch.Tensor]:
 def _forward_impl(logits, targets, temperature_N, temperature, softcap, forbidden, ignore_index, backend, outputs):
     check_targets(targets, forbidden, logits.shape[1], ignore_index)
     shaping = _shaping(logits, temperature_N, temperature, softcap, forbidden)
-    stacked = logits.new_empty(len(rows.RAW), len(logits), dtype=accumulator(logits.dtype))
     if backend == "triton":
-        from r1v2_fast.kernels import linear_logprob as kernel
-
         with on_device_of(logits):
-            kernel.launch(triton_head(logits, shaping, slice(None)), targets, stacked, None, tuple(outputs))
+            raw = triton_rows(triton_head(logits, shaping, slice(None)), targets, tuple(outputs))
     else:
+        stacked = rows.raw_room(logits, len(logits), accumulator(logits.dtype))
         for at in _chunks(logits):
             wide = logits[at].to(stacked.dtype, copy=True)
             part = rows.row_pass(wide, targets[at], shaping, at, tuple(outputs), grad=False)
             stacked[:, at] = torch.stack(part.raw)
-    raw = rows.raw_of(stacked)
-    dead = targets == ignore_index
-    bad = ~dead & ((targets < 0) | (targets >= logits.shape[1]))  # on a CPU it raised already
+        raw = rows.raw_of(stacked)
     results = _blank(logits, outputs)
     for name, result in zip(("logprobs", *OUTPUTS), results[:5], strict=True):
         if name == "logprobs" or name in outputs:
-            value = raw.result(name)
-            result.copy_(
-                (value.masked_fill(bad, torch.nan) if value.is_floating_point() else value).masked_fill(dead, 0)
-            )
+            result.copy_(rows.settled(raw.result(name), targets, logits.shape[1], ignore_index))
     torch.stack((raw.top, raw.sum(), raw.others, raw.mean_distance()), out=results[5])
     return tuple(results)
 

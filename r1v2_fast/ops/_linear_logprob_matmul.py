@@ -111,7 +111,7 @@ def back_project(matrix_nV: torch.Tensor, weight_VH: torch.Tensor, compute: torc
     for tile, weight in _tiles(weight_VH, compute, wide):
         _add_product(out, matrix_nV[:, tile].to(weight.dtype), weight, fresh=fresh)
         fresh = False
-    return out.zero_() if fresh else out
+    return out
 
 
 def add_outer(

@@ -60,6 +60,10 @@ class Plan:
         """Targets counted from this shard's first id."""
         return targets_n if self.shard is None else targets_n - self.shard.first
 
+    def combined(self, raw: Raw, targets_n: torch.Tensor) -> Raw:
+        """The statistics of whole rows; targets count from this shard's first id."""
+        return raw if self.shard is None else combine(raw, targets_n, self.shard)
+
     def chunk_rows(self, count: int, kept: int, grad: bool, entropy_grad: bool) -> int:
         """Rows of a chunk: logits and what stands beside them fit what the kept rows leave of the workspace."""
         tile = self.vocabulary * self.wide.itemsize
@@ -164,7 +168,7 @@ def run_chunk(
         return _triton_chunk(logits_nV, targets, at, plan, grad, entropy_grad, into)
     outputs = plan.outputs + (("entropy",) if entropy_grad else ())
     part = rows.row_pass(logits_nV, targets, plan.shaping, at, outputs, grad=grad, entropy_grad=entropy_grad)
-    whole = part.raw if plan.shard is None else combine(part.raw, targets, plan.shard)
+    whole = plan.combined(part.raw, targets)
     entropy_matrix = rows.entropy_matrix(part, whole, targets) if entropy_grad else None
     matrix = rows.gradient_matrix(part) if grad else None
     if entropy_matrix is None:
@@ -176,7 +180,6 @@ def run_chunk(
 
 
 def _triton_chunk(logits_nV, targets, at, plan: Plan, grad: bool, entropy_grad: bool, into) -> Chunk:
-    from r1v2_fast.kernels import linear_logprob as kernel
     from r1v2_fast.kernels import linear_logprob_grads as grads
 
     matrix = entropy_matrix = entropy_scale = None
@@ -186,18 +189,26 @@ def _triton_chunk(logits_nV, targets, at, plan: Plan, grad: bool, entropy_grad: 
             in_place = logits_nV.dtype == plan.compute and not entropy_grad
             matrix = logits_nV if in_place else room(logits_nV, len(logits_nV), plan.vocabulary, plan.compute)
     head = triton_head(logits_nV, plan.shaping, at, padded=True)
-    stacked = logits_nV.new_empty(len(rows.RAW), len(logits_nV), dtype=torch.float32)
     outputs = plan.outputs + (("entropy",) if entropy_grad else ())
-    kernel.launch(head, targets, stacked, matrix, outputs, own=not plan.target_apart, padded=True)
-    own = whole = rows.raw_of(stacked)
-    if plan.shard is not None:
-        whole = combine(own, targets, plan.shard)
+    own = triton_rows(head, targets, outputs, matrix, own=not plan.target_apart, padded=True)
+    whole = plan.combined(own, targets)
     if entropy_grad:
         shift = (own.top - whole.top) - whole.mean_distance()
         entropy_matrix = room(logits_nV, len(logits_nV), plan.vocabulary, plan.compute)
         factor = grads.launch_entropy(head, own.top, shift, entropy_matrix)
         entropy_scale = (own.top - whole.top).exp() / factor
     return Chunk(whole, matrix, entropy_matrix, entropy_scale)
+
+
+def triton_rows(
+    head: dict, targets_n: torch.Tensor, outputs: tuple[str, ...], matrix_nV: torch.Tensor | None = None, **options
+) -> Raw:
+    """The row kernel's statistics; D into `matrix_nV`."""
+    from r1v2_fast.kernels import linear_logprob as kernel
+
+    stacked = rows.raw_room(head["logits"], len(targets_n), torch.float32)
+    kernel.launch(head, targets_n, stacked, matrix_nV, outputs, **options)
+    return rows.raw_of(stacked)
 
 
 def triton_head(logits_nV: torch.Tensor, shaping: Shaping, at: torch.Tensor | slice, *, padded: bool = False) -> dict:

@@ -18,7 +18,6 @@ from typing import NamedTuple
 import torch
 
 OUTPUTS = ("entropy", "is_top1", "mean_logits", "log_sum_sq_probs")
-RAW = ("top", "others", "target", "factor", "scale", "weighted", "squares", "total", "allowed", "beaten")
 
 
 @dataclass(frozen=True)
@@ -94,8 +93,21 @@ class Raw(NamedTuple):
         return self.logprobs() if name == "logprobs" else self.entropy()
 
 
+def raw_room(like: torch.Tensor, rows: int, dtype: torch.dtype) -> torch.Tensor:
+    """[10, n], uninitialised."""
+    return like.new_empty(len(Raw._fields), rows, dtype=dtype)
+
+
 def raw_of(stacked: torch.Tensor) -> Raw:
     return Raw(*stacked.unbind(0))
+
+
+def settled(values_N: torch.Tensor, targets_N: torch.Tensor, vocabulary: int, ignore_index: int) -> torch.Tensor:
+    """0 in ignored rows, NaN where a target is outside the vocabulary (on a CPU that raised already)."""
+    dead = targets_N == ignore_index
+    if values_N.is_floating_point():
+        values_N = values_N.masked_fill(~dead & ((targets_N < 0) | (targets_N >= vocabulary)), torch.nan)
+    return values_N.masked_fill(dead, 0)
 
 
 class Rows(NamedTuple):

@@ -9,11 +9,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from r1v2_fast.ops import _linear_logprob_rows as rows
 from r1v2_fast.ops._linear_logprob_matmul import back_project, project
-from r1v2_fast.ops._linear_logprob_pass import Plan, add_target, candidates, run_chunk, triton_head
+from r1v2_fast.ops._linear_logprob_pass import Plan, add_target, candidates, run_chunk, triton_head, triton_rows
 from r1v2_fast.ops._linear_logprob_rows import Raw
-from r1v2_fast.ops._linear_logprob_shard import combine
 
 FOLD = 16  # rows of the view in which the largest entries are looked for
 FEW, MANY = 64, 2048  # entries looked for, first and then; a row that needs more is multiplied densely
@@ -51,12 +49,16 @@ def unit_product(hidden_nH, targets_n, at, plan: Plan, logits_nV, dense: Dense) 
             product[left] = back_project(chunk.matrix[left], plan.weight, plan.compute)
             product.mul_(raw.scale[:, None])
         elif len(left):
-            where = at[left] if isinstance(at, torch.Tensor) else left + at.start
-            dense.add(where, chunk.matrix[left], raw.at_target()[left], targets_n[left])
+            dense.add(_among(at, left), chunk.matrix[left], raw.at_target()[left], targets_n[left])
         add_target(product, raw.at_target(), plan.here(targets_n), plan)
     if plan.shard is not None:
         plan.shard.sum(product)
     return raw, product
+
+
+def _among(at: torch.Tensor | slice, rows_m: torch.Tensor) -> torch.Tensor:
+    """Rows of the call, from rows of a chunk."""
+    return at[rows_m] if isinstance(at, torch.Tensor) else rows_m + at.start
 
 
 def _budget(plan: Plan) -> float:
@@ -121,11 +123,7 @@ def _triton(hidden_nH, targets_n, at, plan: Plan, logits_nV) -> tuple[Raw, torch
     targets, weight = plan.here(targets_n), plan.weight
     project(hidden_nH, weight, logits_nV)
     head = triton_head(logits_nV, plan.shaping, at, padded=True)
-    stacked = logits_nV.new_empty(len(rows.RAW), len(logits_nV), dtype=torch.float32)
-    kernel.launch(head, targets, stacked, None, plan.outputs)
-    own = whole = rows.raw_of(stacked)
-    if plan.shard is not None:
-        whole = combine(own, targets, plan.shard)
+    whole = plan.combined(triton_rows(head, targets, plan.outputs), targets)
     entries = sparse.launch_select(
         head, targets, whole.top.contiguous(), whole.sum(), _budget(plan), candidates(plan.vocabulary)
     )
@@ -140,13 +138,8 @@ def _triton(hidden_nH, targets_n, at, plan: Plan, logits_nV) -> tuple[Raw, torch
 
 def _dense(logits_mV, targets_m, at, dense, plan: Plan, whole: Raw, own_value_m: torch.Tensor) -> torch.Tensor:
     """D scale W of the rows that keep too many."""
-    from r1v2_fast.kernels import linear_logprob as kernel
-
-    which = torch.arange(at.start, at.stop, device=dense.device)[dense] if isinstance(at, slice) else at[dense]
     matrix = torch.empty_like(logits_mV, dtype=plan.compute)
-    stacked = logits_mV.new_empty(len(rows.RAW), len(logits_mV), dtype=torch.float32)
-    kernel.launch(triton_head(logits_mV, plan.shaping, which), targets_m, stacked, matrix, (), own=False)
-    own = rows.raw_of(stacked)
+    own = triton_rows(triton_head(logits_mV, plan.shaping, _among(at, dense)), targets_m, (), matrix, own=False)
     scale = own.scale * (own.top - whole.top[dense]).exp()
     product = back_project(matrix, plan.weight, plan.compute) * scale[:, None]
     return add_target(product, own_value_m, targets_m, plan)
