@@ -1,4 +1,5 @@
-"""python -m bench [contract | run [STEM ...] | compare BEFORE AFTER | tune]; without a word: contract, then every case."""
+"""python -m bench [contract | run [STEM ...] | compare BEFORE AFTER | tune | ssb]; without a word: contract, then every
+case."""
 
 from __future__ import annotations
 
@@ -25,10 +26,22 @@ def main() -> int:
     two.add_argument("before", type=Path)
     two.add_argument("after", type=Path)
     what.add_parser("tune", help="measure the row kernel's launch parameters on this GPU and keep them")
+    ssb = what.add_parser("ssb", help="GRPO with and without the Selective Sample Buffer, seed by seed")
+    ssb.add_argument("overrides", nargs="*", metavar="a.b=c", help="of recipes/digits-ssb.yaml")
+    ssb.add_argument("--seeds", type=int, default=5)
+    ssb.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    ssb.add_argument("--work", type=Path, default=Path("runs/ssb"))
+    ssb.add_argument("--lines", type=Path, default=record.RESULTS / "ssb.jsonl")
     arguments = parser.parse_args()
     console = Console()
     if arguments.what == "compare":
         compare.show(arguments.before, arguments.after, console)
+        return 0
+    if arguments.what == "ssb":
+        from bench.ssb import study  # needs the train extra
+
+        options = {"seeds": arguments.seeds, "jobs": arguments.jobs, "overrides": arguments.overrides}
+        study(arguments.work.absolute(), arguments.lines.absolute(), console=console, **options)
         return 0
     if arguments.what == "tune":
         from bench import tune  # triton's errors exist where triton does

@@ -58,6 +58,11 @@ class SelectiveSampleBuffer:
     def __len__(self) -> int:
         return len(self._units)
 
+    @property
+    def mean_priority(self) -> float:
+        """Mean priority of the units held; 0 of an empty buffer."""
+        return sum(unit.priority for unit in self._units) / max(len(self), 1)
+
     def fill(self, target: int, fresh: int, step: int) -> list[Unit]:
         """Draw max(0, target - fresh) units without replacement, fewer where fewer can be drawn.
 
@@ -148,7 +153,13 @@ class SelectiveSampleBuffer:
                 tensors.setdefault((int(unit_index), int(sample_index)), {})[name] = value
         for u, unit in enumerate(meta["units"]):
             samples = [{**plain, **tensors.get((u, s), {})} for s, plain in enumerate(unit["samples"])]
-            self._units.append(Unit(samples, state[f"{u}/advantages"], unit["step"]))
+            advantages = state[f"{u}/advantages"]
+            if not bool((advantages != 0).any() and advantages.isfinite().all()):
+                raise ValueError(
+                    f"unit {u} of the buffer's state (step {unit['step']}): expected finite advantages, one of them not "
+                    f"0, got {advantages.tolist()}"
+                )
+            self._units.append(Unit(samples, advantages, unit["step"]))
         self._last = dict(meta["last"])
 
 

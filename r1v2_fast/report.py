@@ -10,8 +10,8 @@ from pathlib import Path
 
 import yaml
 
+from r1v2_fast import log
 from r1v2_fast.data.records import Dataset
-from r1v2_fast.train import log
 
 STAGE_COLOURS = {"align": "#e8eef7", "reward": "#f5efe1", "mpo": "#e6f2ea", "grpo": "#f3e8f3"}
 LINE_COLOURS = ("#2457a6", "#c4581b", "#2b8a57", "#8a3ea0")

@@ -1,12 +1,19 @@
 """Rules, hallucination, and how reward functions are loaded and called."""
 
+import contextlib
 import math
+import re
+import signal
+import time
 
+import numpy as np
 import pytest
+import torch
 
 from r1v2_fast.judge.hallucination import hallucinated, rates
 from r1v2_fast.judge.reward import load_reward, score
-from r1v2_fast.judge.rules import exact_match, math_answer, think_format
+from r1v2_fast.judge.rules import exact_match, math_answer, soft_overlong, think_format
+from r1v2_fast.judge.time_limit import SIGNAL, OutOfTime, time_limit
 
 
 def test_the_final_answer_stands_behind_the_thought():
@@ -17,6 +24,13 @@ def test_the_final_answer_stands_behind_the_thought():
 def test_math_answers_may_be_written_differently():
     completions = ["<think>x</think>$\\frac{1}{2}$", "0.5", "1/3"]
     assert math_answer([""] * 3, completions, answer=["1/2"] * 3) == [1, 1, 0]
+
+
+def test_the_soft_over_length_punishment_falls_over_the_cache():
+    assert soft_overlong([0, 80, 81, 90, 100, 101, 999], max_length=100, cache=20) == [0, 0, -0.05, -0.5, -1, -1, -1]
+    for cache in (0, 101):
+        with pytest.raises(ValueError, match=f"at most at max_length = 100, got {cache}"):
+            soft_overlong([1], max_length=100, cache=cache)
 
 
 @pytest.mark.parametrize(
@@ -73,14 +87,234 @@ def test_a_reward_loads_from_a_file_of_ones_own(tmp_path):
             load_reward(spec)
 
 
-def test_a_failing_reward_is_named_with_the_samples():
-    def fails(**_):
-        raise KeyError("gold")
+def test_a_reward_file_runs_once_and_may_hold_a_dataclass(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n\n"
+        "@dataclass\nclass Weight:\n    value: float\n\ndef f(**_): ...\n"
+    )
+    assert load_reward(f"{path}:f") is load_reward(f"{path}:f")
 
-    with pytest.raises(RuntimeError, match="'mine' raised KeyError on samples a to b"):
-        score("mine", fails, ["", ""], ["", ""], {}, ["a", "b"])
-    with pytest.raises(ValueError, match="list of 2 numbers, got 1"):
-        score("mine", lambda **_: [1.0], ["", ""], ["", ""], {}, ["a", "b"])
-    with pytest.raises(ValueError, match="of sample b: expected a number, got 'x'"):
-        score("mine", lambda **_: [1.0, "x"], ["", ""], ["", ""], {}, ["a", "b"])
-    assert math.isnan(score("mine", lambda **_: [None], [""], [""], {}, ["a"])[0])
+
+def test_a_reward_file_that_raises_is_named_and_may_be_repaired(tmp_path):
+    path = tmp_path / "mine.py"
+    for source, message in (
+        ("import no_such_module", "mine.py raised ModuleNotFoundError at import: No module named 'no_such_module'"),
+        ("def f(:", "mine.py raised SyntaxError at import: .*line 1"),
+        ("raise SystemExit(2)", "mine.py raised SystemExit at import: 2"),
+    ):
+        path.write_text(source)
+        with pytest.raises(ValueError, match=message):
+            load_reward(f"{path}:f")
+    path.write_text("def f(prompts, completions, **columns):\n    return [1.0 for c in completions if c]\n")
+    assert load_reward(f"{path}:f")([""], ["x"]) == [1.0]
+
+
+SAMPLES = ["line 1", "line 2", "line 3"]
+
+
+def scored(function, completions=("a", "b", "c"), **options) -> list[float]:
+    samples = SAMPLES[: len(completions)]
+    columns = {"answer": [c.upper() for c in completions]}
+    return score("mine", function, [""] * len(completions), list(completions), columns, samples, **options)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [1, 0.5, False],
+        (1.0, 0.5, 0.0),
+        [np.float32(1), np.float16(0.5), np.bool_(False)],
+        [torch.tensor(1), torch.tensor(0.5, dtype=torch.bfloat16), np.array(0)],
+        np.array([1, 0.5, 0]),
+        torch.tensor([1, 0.5, 0], requires_grad=True),
+    ],
+    ids=["python", "tuple", "numpy scalars", "0-d tensors", "numpy", "torch"],
+)
+def test_numbers_come_in_many_types(values):
+    found = scored(lambda **_: values)
+    assert found == [1.0, 0.5, 0.0]
+    assert {type(value) for value in found} == {float}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([1.0], "'mine' must return a list of 3 numbers, got 1"),
+        (torch.zeros(2), "'mine' must return a list of 3 numbers, got 2"),
+        (torch.zeros(3, 1), r"list of 3 numbers, got tensor\(\["),
+        (None, "list of 3 numbers, got None"),
+        ("abc", "list of 3 numbers, got 'abc'"),
+        ([1.0, "x", 1.0], "'mine' of sample line 2: expected a number, got 'x'"),
+        ([1.0, 1.0, torch.zeros(2)], "of sample line 3: expected a number, got tensor"),
+    ],
+)
+def test_what_is_not_a_number_a_completion_is_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        scored(lambda **_: values)
+
+
+def test_none_is_unscorable():
+    assert np.isnan(scored(lambda **_: [None] * 3)).all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.inf, np.float32("inf"), torch.tensor(math.nan)])
+def test_a_reward_that_is_not_finite_stops_the_run_or_leaves_its_sample_out(bad):
+    def function(**_):
+        return [1.0, bad, None]
+
+    long = "b" * 1000 + "the end"
+    with pytest.raises(
+        ValueError, match=r"'mine' of sample line 2: .* got -?(nan|inf) for .*the end'; on_nan skip"
+    ) as e:
+        scored(function, ("a", long, "c"))
+    assert len(str(e.value)) < 300
+    assert np.array_equal(scored(function, on_nan="skip"), [1.0, math.nan, math.nan], equal_nan=True)
+
+
+def test_a_reward_that_raises_is_named_with_the_one_sample():
+    def fails(prompts, completions, answer):
+        return [{"A": 1.0, "C": 1.0}[a] for _, _, a in zip(prompts, completions, answer, strict=True)]
+
+    with pytest.raises(RuntimeError, match="'mine' raised KeyError on sample line 2: 'B'") as error:
+        scored(fails)
+    assert isinstance(error.value.__cause__, KeyError)
+    assert scored(fails, ("a", "c")) == [1.0, 1.0]
+
+
+def test_samples_that_fail_only_together_are_named_as_a_range():
+    def fails(completions, **_):
+        if len(completions) > 1:
+            raise KeyError("gold")
+        raise ZeroDivisionError("the spread of one sample")
+
+    with pytest.raises(RuntimeError, match="'mine' raised KeyError on samples line 1 to line 3: 'gold'"):
+        scored(fails)
+
+
+@pytest.mark.parametrize("signal_to_leave", [KeyboardInterrupt, SystemExit])
+def test_ctrl_c_and_exit_pass_through(signal_to_leave):
+    def leaves(**_):
+        raise signal_to_leave
+
+    with pytest.raises(signal_to_leave):
+        scored(leaves, time_limit=5)
+
+
+def loop() -> None:
+    while True:
+        pass
+
+
+def stubborn() -> None:
+    while True:
+        try:
+            loop()
+        except Exception:
+            return
+
+
+def swallow() -> None:
+    for _ in range(3):
+        with contextlib.suppress(BaseException):
+            loop()
+
+
+HANGS = {
+    "loop": loop,
+    "sleep": lambda: time.sleep(60),
+    "except Exception": stubborn,
+    "bare except": swallow,
+    "regular expression": lambda: re.match(r"(a+)+$", "a" * 50 + "b"),
+    "huge integer": lambda: 7 ** (7**12),
+}
+
+
+@pytest.mark.parametrize("hang", HANGS.values(), ids=HANGS)
+def test_a_reward_that_hangs_is_stopped_and_named_with_the_one_sample(hang):
+    def hangs(completions, **_):
+        return [hang() or 0.0 if c == "b" else 1.0 for c in completions]
+
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="'mine' gave no answer within 0.2 s on sample line 2") as error:
+        scored(hangs, time_limit=0.2)
+    assert time.monotonic() - start < 5
+    assert isinstance(error.value.__cause__, OutOfTime)
+    assert scored(hangs, ("a", "c"), time_limit=5) == [1.0, 1.0]
+
+
+def test_a_batch_that_is_slow_without_one_slow_sample_is_named_as_a_range():
+    def slow(completions, **_):
+        time.sleep(0.15 * len(completions))
+
+    with pytest.raises(RuntimeError, match="within 0.4 s on samples line 1 to line 3"):
+        scored(slow, time_limit=0.4)
+
+
+def test_finding_the_sample_takes_no_longer_than_the_limit_again():
+    def slow(completions, **_):
+        time.sleep(0.1)
+        if len(completions) > 1:
+            raise KeyError("gold")
+
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="on samples 0 to 99"):
+        score("mine", slow, [""] * 100, [""] * 100, {}, [str(i) for i in range(100)], time_limit=0.5)
+    assert time.monotonic() - start < 3
+
+
+def test_a_reward_in_time_meets_no_signal_later():
+    before = signal.getsignal(SIGNAL)
+    assert scored(lambda **_: [1.0] * 3, time_limit=0.05) == [1.0] * 3
+    assert signal.getsignal(SIGNAL) is before
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+    time.sleep(0.15)
+    with pytest.raises(KeyError), time_limit(5):
+        raise KeyError
+    assert signal.getsignal(SIGNAL) is before
+
+
+def test_a_block_that_ends_as_its_time_does_is_in_time_or_out_of_it_and_nothing_else():
+    before = signal.getsignal(SIGNAL)
+    for microseconds in range(1500, 2500, 4):
+        end = time.monotonic() + microseconds * 1e-6
+        try:
+            with time_limit(0.002):
+                while time.monotonic() < end:
+                    pass
+        except OutOfTime:
+            pass
+        assert signal.getsignal(SIGNAL) is before
+
+
+def test_time_limits_do_not_nest_and_are_above_zero():
+    with pytest.raises(RuntimeError, match="do not nest"), time_limit(5), time_limit(1):
+        pass
+    with time_limit(5), time_limit(None):
+        pass
+    with pytest.raises(ValueError, match="above 0 seconds, got 0"):
+        time_limit(0)
+
+
+def test_another_thread_has_no_limit():
+    from concurrent.futures import ThreadPoolExecutor
+
+    def slow(completions, **_):
+        time.sleep(0.1)
+        return [1.0] * len(completions)
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(scored, slow, time_limit=0.01).result() == [1.0] * 3
+
+
+def test_math_answer_keeps_its_own_alarm_within_a_limit():
+    completions = ["$\\frac{1}{2}$", "0.5", "1/3"]
+    columns = {"answer": ["1/2"] * 3}
+    assert score("math", math_answer, [""] * 3, completions, columns, SAMPLES, time_limit=60) == [1, 1, 0]
+
+    def then_hangs(prompts, completions, **columns):
+        math_answer(prompts, completions, **columns)
+        loop()
+
+    with pytest.raises(RuntimeError, match="within 0.5 s on sample line 1"):
+        score("math", then_hangs, [""], completions[:1], {"answer": ["1/2"]}, SAMPLES[:1], time_limit=0.5)

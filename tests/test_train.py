@@ -7,14 +7,15 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, InternVLForConditionalGeneration
 
+from r1v2_fast import config
+from r1v2_fast.log import Log, read
 from r1v2_fast.models import freeze, presets
 from r1v2_fast.report import write
-from r1v2_fast.train import config, run
+from r1v2_fast.train import run
 from r1v2_fast.train.checkpoint import Checkpoints
 from r1v2_fast.train.context import Context
 from r1v2_fast.train.experience import pairs_by_gap
-from r1v2_fast.train.log import Log, read
-from r1v2_fast.train.loop import learning_rate
+from r1v2_fast.train.optimizer import learning_rate
 from r1v2_fast.train.rollout import rollout
 
 TINY = [
@@ -162,7 +163,7 @@ def test_an_image_is_encoded_once_and_its_features_match_transformers(context, m
 
 
 def test_the_reference_is_a_swap_and_no_second_model(context):
-    parameters = context.policy.parameters
+    parameters = list(context.policy.parameters.values())
     values = freeze.snapshot(parameters)
     with torch.no_grad():
         parameters[0].add_(1.0)

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import reprlib
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
 
 from r1v2_fast.judge import hallucination, rules
+from r1v2_fast.judge.time_limit import OutOfTime
+from r1v2_fast.judge.time_limit import time_limit as limited
 
-RewardFunction = Callable[..., list[float]]
+BLAME_SECONDS = 60.0  # for finding the sample that raises, where there is no time limit
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 120
+
+RewardFunction = Callable[..., Any]
 BUILT_IN: dict[str, RewardFunction] = {
     "exact_match": rules.exact_match,
     "math_answer": rules.math_answer,
@@ -27,14 +38,27 @@ def load_reward(spec: str) -> RewardFunction:
         raise ValueError(f"a reward must be one of {sorted(BUILT_IN)} or path.py:name, got {spec!r}")
     if not Path(path).is_file():
         raise ValueError(f"reward {spec!r}: no such file {path}")
-    module_spec = importlib.util.spec_from_file_location(f"r1v2_fast_reward_{Path(path).stem}", path)
-    assert module_spec is not None and module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    module = _load_file(path)
     function = getattr(module, name, None)
     if not callable(function):
         raise ValueError(f"reward {spec!r}: {path} has no function {name!r}")
     return function
+
+
+def _load_file(path: str) -> ModuleType:
+    """The file as a module, run once however many rewards it holds: it may load a model of its own."""
+    name = f"r1v2_fast_reward {Path(path).resolve()}"
+    if name not in sys.modules:
+        module_spec = importlib.util.spec_from_file_location(name, path)
+        assert module_spec is not None and module_spec.loader is not None
+        # dataclasses look their module up by name, while it runs
+        module = sys.modules[name] = importlib.util.module_from_spec(module_spec)
+        try:
+            module_spec.loader.exec_module(module)
+        except (Exception, SystemExit) as error:
+            del sys.modules[name]
+            raise ValueError(f"reward file {path} raised {type(error).__name__} at import: {error}") from error
+    return sys.modules[name]
 
 
 def score(
@@ -43,26 +67,69 @@ def score(
     prompts: list[str],
     completions: list[str],
     columns: dict[str, list],
-    ids: list[str],
+    samples: list[str],
+    *,
+    time_limit: float | None = None,
+    on_nan: Literal["stop", "skip"] = "stop",
 ) -> list[float]:
-    """The rewards of all completions as floats; None means unscorable and becomes NaN.
+    """The rewards of all completions as floats, NaN where unscorable: where the function returns None.
 
-    raises  RuntimeError naming the function where it raises; ValueError where it returns the wrong count or type
+    samples     one description a completion, which the messages name
+    time_limit  seconds for the call on all completions; only the main thread is limited, see time_limit.py
+    on_nan      what a NaN or infinite reward does: stop with a ValueError, or skip the sample as unscorable
+    raises      RuntimeError with function and sample where it raises or hangs; ValueError for a wrong count or type
     """
+
+    def call(rows: slice, seconds: float | None) -> Any:
+        with limited(seconds):
+            some = {column: values[rows] for column, values in columns.items()}
+            return function(prompts=prompts[rows], completions=completions[rows], **some)
+
     try:
-        values = function(prompts=prompts, completions=completions, **columns)
+        values = call(slice(None), time_limit)
+    except OutOfTime as error:
+        where = _blame(call, samples, error, time_limit or BLAME_SECONDS)
+        raise RuntimeError(f"reward {name!r} gave no answer within {time_limit:g} s on {where}") from error
     except Exception as error:
-        raise RuntimeError(
-            f"reward {name!r} raised {type(error).__name__} on samples {ids[0]} to {ids[-1]}: {error}"
-        ) from error
+        where = _blame(call, samples, error, time_limit or BLAME_SECONDS)
+        raise RuntimeError(f"reward {name!r} raised {type(error).__name__} on {where}: {error}") from error
+    if getattr(values, "ndim", None) == 1:  # a numpy array or a tensor
+        values = values.tolist()
     if not isinstance(values, (list, tuple)) or len(values) != len(completions):
-        got = len(values) if isinstance(values, (list, tuple)) else type(values).__name__
+        got = len(values) if isinstance(values, (list, tuple)) else _short.repr(values)
         raise ValueError(f"reward {name!r} must return a list of {len(completions)} numbers, got {got}")
     scores = []
-    for sample, value in zip(ids, values, strict=True):
+    for sample, completion, value in zip(samples, completions, values, strict=True):
+        if getattr(value, "ndim", None) == 0:  # a numpy scalar or a tensor
+            value = value.item()
         if value is None:
             value = math.nan
-        if not isinstance(value, (int, float)):
-            raise ValueError(f"reward {name!r} of sample {sample}: expected a number, got {value!r}")
+        elif not isinstance(value, (int, float)):
+            raise ValueError(f"reward {name!r} of sample {sample}: expected a number, got {_short.repr(value)}")
+        elif not math.isfinite(value):
+            if on_nan == "stop":
+                raise ValueError(
+                    f"reward {name!r} of sample {sample}: expected a finite number or None, got {value} for the "
+                    f"completion {_short.repr(completion)}; on_nan skip leaves such samples out"
+                )
+            value = math.nan
         scores.append(float(value))
     return scores
+
+
+def _blame(call: Callable[[slice, float], Any], samples: list[str], error: Exception, seconds: float) -> str:
+    """The one sample on which the call alone fails as it did on all; else, or after `seconds`, their range."""
+    if len(samples) == 1:
+        return f"sample {samples[0]}"
+    end = time.monotonic() + seconds
+    for index, sample in enumerate(samples):
+        left = end - time.monotonic()
+        if left <= 0:
+            break
+        try:
+            call(slice(index, index + 1), left)
+        except Exception as alone:
+            # a sample that got little of the time is not the one that hangs: all of them are slow
+            if type(alone) is type(error) and not (isinstance(alone, OutOfTime) and left < seconds / 2):
+                return f"sample {sample}"
+    return f"samples {samples[0]} to {samples[-1]}"

@@ -47,3 +47,17 @@ def think_format(prompts: list[str], completions: list[str], **columns) -> list[
         return bool(match and match["think"].strip() and match["answer"].strip())
 
     return [float(formed(completion)) for completion in completions]
+
+
+def soft_overlong(lengths: list[int], *, max_length: int, cache: int) -> list[float]:
+    """Soft over-length punishment: a response near the limit is punished the more, the closer it comes.
+
+    r(n) = 0                                n <= max_length - cache
+           (max_length - cache - n) / cache  max_length - cache < n <= max_length
+           -1                               n > max_length
+
+    source  DAPO (2503.14476) eq. 13, there with max_length 20480 and cache 4096 tokens
+    """
+    if not 0 < cache <= max_length:
+        raise ValueError(f"cache must lie above 0 and at most at max_length = {max_length}, got {cache}")
+    return [min(0.0, max(-1.0, (max_length - cache - length) / cache)) for length in lengths]

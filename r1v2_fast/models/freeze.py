@@ -1,4 +1,4 @@
-"""Which parts of the model train: adapter (R1V2's choice), llm, vision."""
+"""Which parts of the model train: adapter (R1V2's choice), llm, vision; in full, or through LoRA."""
 
 from __future__ import annotations
 
@@ -20,14 +20,24 @@ def part_of(name: str) -> str:
     return "llm"
 
 
-def set_trainable(model: nn.Module, parts: Iterable[str]) -> list[nn.Parameter]:
-    """Freeze everything but `parts`; return the parameters that train. Raises ValueError on an unknown part."""
+def set_trainable(model: nn.Module, parts: Iterable[str]) -> dict[str, nn.Parameter]:
+    """Freeze everything but `parts` and LoRA's parameters; return what trains, held in fp32.
+
+    16-bit weights cannot take small steps: what trains is kept in fp32, and matmuls run under autocast.
+    raises  ValueError on an unknown part
+    """
     wanted = set(parts)
     if unknown := wanted - set(PARTS):
         raise ValueError(f"parts to train must be among {PARTS}, got {sorted(unknown)}")
+    trained = {}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name) in wanted)
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+        trains = ".lora_" in name or part_of(name) in wanted
+        parameter.requires_grad_(trains)
+        if trains:
+            trained[name] = parameter
+            if parameter.dtype in (torch.float16, torch.bfloat16):
+                parameter.data = parameter.data.float()
+    return trained
 
 
 def snapshot(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:

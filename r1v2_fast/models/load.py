@@ -55,9 +55,17 @@ def from_folder(path: str | Path, *, dtype: torch.dtype | str = "auto") -> Loade
     return Loaded(model.eval(), tokenizer, processor)
 
 
-def save_folder(path: str | Path, loaded: Loaded) -> None:
-    """The Hugging Face folder that `from_folder` and `AutoModelForImageTextToText` read."""
-    loaded.model.save_pretrained(path)
+def save_folder(path: str | Path, loaded: Loaded, *, state: dict[str, torch.Tensor] | None = None) -> None:
+    """The Hugging Face folder that `from_folder` and `AutoModelForImageTextToText` read; `state` replaces the weights.
+
+    transformers' `generate` suppresses the tokens that a rollout forbids, so that both give the same answers.
+    """
+    from r1v2_fast.models.policy import forbidden_ids  # policy imports this module
+
+    generation = loaded.model.generation_config
+    forbidden = forbidden_ids(loaded.tokenizer, loaded.model.config.image_token_id).tolist()
+    generation.suppress_tokens = sorted({*forbidden, *(generation.suppress_tokens or [])})
+    loaded.model.save_pretrained(path, state_dict=state)
     loaded.tokenizer.save_pretrained(path)
     loaded.image_processor.save_pretrained(path)
 

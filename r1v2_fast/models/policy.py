@@ -5,13 +5,19 @@ B sequences, L padded length, N response tokens of the whole batch (packed, row 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from r1v2_fast import ops
-from r1v2_fast.models import freeze, load, vision
+from r1v2_fast.config import LoRA, Part
+from r1v2_fast.models import freeze, load, lora, vision
 
 Pixels = Callable[[list[str]], list[torch.Tensor]]  # image keys -> tiles [T, 3, H, W] each; data.images.ImageStore
 
@@ -26,15 +32,82 @@ class Backbone:
         self.internvl = internvl  # transformers' InternVLModel
         self.pixels = pixels
         self.features = features
+        self.dtype = internvl.dtype  # of the frozen weights and, if 16-bit, of the matmuls
+        self.parameters: dict[str, nn.Parameter] = {}  # what trains
+        self.checkpointing = False  # True recomputes each layer's activations in the backward
+        self._initial: list[torch.Tensor] = []
+
+    @property
+    def root(self) -> nn.Module:
+        """The module whose parameters' names say what trains."""
+        return self.internvl
 
     @property
     def vision_frozen(self) -> bool:
         return not any(parameter.requires_grad for parameter in self.internvl.vision_tower.parameters())
 
+    def train_parts(self, parts: list[str], lora_parts: Mapping[Part, LoRA] | None = None, *, seed: int = 0) -> None:
+        """Train `parts` in full and `lora_parts` through LoRA."""
+        lora.inject(self.root, lora_parts or {}, seed=seed)
+        self.parameters = freeze.set_trainable(self.root, parts)
+        if not self.vision_frozen:
+            self.features.clear()
+
+    def settle(self) -> None:
+        """The end of training: LoRA merged, everything frozen and in the dtype it is saved in."""
+        lora.merge(self.root)
+        for parameter in self.root.parameters():
+            parameter.requires_grad_(False)
+            parameter.data = parameter.data.to(self.dtype)
+        self.parameters, self._initial, self.checkpointing = {}, [], False
+
+    def keep_reference(self) -> None:
+        """What the model is now, before it trains, is what `reference` gives back."""
+        self._initial = freeze.snapshot(self._in_full())
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside, the model is what `keep_reference` saw: LoRA off, the parts that train in full swapped."""
+        with lora.disabled(self.root), freeze.swapped(self._in_full(), self._initial), torch.no_grad():
+            yield
+
+    def reference_state(self) -> dict[str, torch.Tensor]:
+        return {f"initial/{index}": value for index, value in enumerate(self._initial)}
+
+    def load_reference_state(self, tensors: dict[str, torch.Tensor]) -> None:
+        device = self.internvl.device
+        self._initial = [tensors[f"initial/{index}"].to(device) for index in range(len(self._initial))]
+
+    def _in_full(self) -> list[nn.Parameter]:
+        return [parameter for name, parameter in self.parameters.items() if lora.MARK not in name]
+
+    def precision(self) -> torch.autocast:
+        """Matmuls in the frozen weights' dtype where that is 16-bit; what trains stays fp32."""
+        half = self.dtype in (torch.float16, torch.bfloat16)
+        return torch.autocast(self.internvl.device.type, dtype=self.dtype if half else None, enabled=half)
+
     def _encode(self, keys: list[str]) -> list[torch.Tensor]:
         pixels = [pixel.to(self.internvl.device) for pixel in self.pixels(keys)]
         tiles = [pixel.shape[0] for pixel in pixels]
         return list(vision.tower_features(self.internvl, torch.cat(pixels)).split(tiles))
+
+    def _encode_each(self, keys: list[str]) -> list[torch.Tensor]:
+        """One image a call: the last bits of what is cached must not follow which other images were missing."""
+        return [feature for key in keys for feature in self._encode([key])]
+
+    @contextmanager
+    def _checkpointed(self) -> Iterator[None]:
+        """transformers checkpoints layers in training mode alone; their children stay as they are: no dropout."""
+        active = self.checkpointing and torch.is_grad_enabled()
+        layers = [m for m in self.internvl.modules() if isinstance(m, GradientCheckpointingLayer)] if active else []
+        for layer in layers:
+            layer.gradient_checkpointing = layer.training = True
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.gradient_checkpointing = layer.training = False
 
     def image_embeddings(self, image_keys: list[list[str]]) -> torch.Tensor | None:
         """The adapter's output for every image of every row, [image tokens, H]; each distinct image goes through once."""
@@ -44,7 +117,7 @@ class Backbone:
         unique = list(dict.fromkeys(keys))
         if self.vision_frozen:
             with torch.no_grad():
-                features = self.features.get(unique, self._encode)
+                features = self.features.get(unique, self._encode_each)
         else:
             features = self._encode(unique)
         tiles = [feature.shape[0] for feature in features]
@@ -69,12 +142,13 @@ class Backbone:
 
     def hidden(self, batch) -> torch.Tensor:
         """Last hidden states of a `data.collate.Batch`, [B, L, H]."""
-        output = self.internvl.language_model(
-            inputs_embeds=self.embed(batch.input_ids, batch.image_keys),
-            attention_mask=batch.attention_mask,
-            position_ids=batch.positions,
-            use_cache=False,
-        )
+        with self.precision(), self._checkpointed():
+            output = self.internvl.language_model(
+                inputs_embeds=self.embed(batch.input_ids, batch.image_keys),
+                attention_mask=batch.attention_mask,
+                position_ids=batch.positions,
+                use_cache=False,
+            )
         return output.last_hidden_state
 
 
@@ -85,33 +159,37 @@ class Policy(Backbone):
         super().__init__(loaded.model.model, pixels, features)
         self.loaded = loaded
         self.tokenizer = loaded.tokenizer
-        self.parameters: list[nn.Parameter] = []
         self.forbidden = forbidden_ids(loaded.tokenizer, loaded.model.config.image_token_id).to(loaded.model.device)
+
+    @property
+    def root(self) -> nn.Module:
+        return self.loaded.model
 
     @property
     def head(self) -> nn.Linear:
         return self.loaded.model.lm_head
 
-    def train_parts(self, parts: list[str]) -> None:
-        self.parameters = freeze.set_trainable(self.loaded.model, parts)
-        if not self.vision_frozen:
-            self.features.clear()
+    def save(self, path: str | Path) -> None:
+        """What `settle` would leave, as a Hugging Face folder; training can go on."""
+        state = {name: tensor.to(self.dtype) for name, tensor in lora.merged_state(self.root).items()}
+        load.save_folder(path, self.loaded, state=state)
 
     def response_logprobs(self, batch, *, temperature: float = 1.0, needs_grad=None, outputs=()) -> ops.LogProbs:
         """Log-probs of the response tokens, packed [N], with the placeholder tokens forbidden as in the rollout."""
         hidden = self.hidden(batch)
         rows = batch.response_mask[:, 1:]
-        return ops.linear_logprobs(
-            hidden[:, :-1][rows],
-            self.head.weight,
-            batch.input_ids[:, 1:][rows],
-            bias=self.head.bias,
-            temperature=temperature,
-            forbidden=self.forbidden,
-            needs_grad=needs_grad,
-            outputs=outputs,
-            entropy_grad=False,
-        )
+        with self.precision():
+            return ops.linear_logprobs(
+                hidden[:, :-1][rows],
+                self.head.weight,
+                batch.input_ids[:, 1:][rows],
+                bias=self.head.bias,
+                temperature=temperature,
+                forbidden=self.forbidden,
+                needs_grad=needs_grad,
+                outputs=outputs,
+                entropy_grad=False,
+            )
 
 
 def forbidden_ids(tokenizer, image_token_id: int) -> torch.Tensor:

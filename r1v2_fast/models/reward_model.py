@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import InternVLModel
 
-from r1v2_fast.models import freeze
+from r1v2_fast.config import LoRA, Part
 from r1v2_fast.models.policy import Backbone, Pixels, Policy
 from r1v2_fast.models.vision import FeatureCache
 
@@ -25,7 +26,6 @@ class RewardModel(Backbone):
     def __init__(self, internvl, head: nn.Linear, pixels: Pixels, features: FeatureCache):
         super().__init__(internvl, pixels, features)
         self.head = head
-        self.parameters: list[nn.Parameter] = []
 
     @classmethod
     def from_policy(cls, policy: Policy) -> RewardModel:
@@ -38,15 +38,22 @@ class RewardModel(Backbone):
         nn.init.zeros_(head.bias)
         return cls(internvl, head, policy.pixels, policy.features)
 
-    def train_parts(self, parts: list[str]) -> None:
-        self.parameters = [*freeze.set_trainable(self.internvl, parts), *self.head.parameters()]
+    def train_parts(self, parts: list[str], lora_parts: Mapping[Part, LoRA] | None = None, *, seed: int = 0) -> None:
+        super().train_parts(parts, lora_parts, seed=seed)
+        self.head.float().requires_grad_(True)
+        self.parameters |= {f"head.{name}": parameter for name, parameter in self.head.named_parameters()}
+
+    def settle(self) -> None:
+        super().settle()
+        self.head.to(self.dtype).requires_grad_(False)
 
     def scores(self, batch) -> torch.Tensor:
         """Score of every row, [B]: the head at its last token."""
         hidden = self.hidden(batch)
         columns = torch.arange(batch.input_ids.shape[1], device=hidden.device)
         last = (columns * batch.attention_mask).argmax(1)
-        return self.head(hidden[torch.arange(len(last), device=hidden.device), last]).squeeze(-1).float()
+        with self.precision():
+            return self.head(hidden[torch.arange(len(last), device=hidden.device), last]).squeeze(-1).float()
 
     def save(self, path: str | Path) -> None:
         self.internvl.save_pretrained(path)
@@ -59,6 +66,6 @@ class RewardModel(Backbone):
         head = nn.Linear(internvl.language_model.config.hidden_size, 1).to(device, internvl.dtype)
         tensors = load_file(str(Path(path) / HEAD_FILE), device=str(device))
         head.load_state_dict({part: tensors[name] for part, name in HEAD_NAMES.items()})
-        for parameter in (*internvl.parameters(), *head.parameters()):
-            parameter.requires_grad_(False)
-        return cls(internvl.eval(), head, pixels, FeatureCache())
+        model = cls(internvl.eval(), head, pixels, FeatureCache())
+        model.settle()
+        return model

@@ -1,76 +1,132 @@
 """Checkpoints: safetensors and JSON, written beside and renamed, so that a half-written one is never chosen.
 
 What a step draws is a pure function of (seed, stage, step), so a checkpoint holds parameters, optimizer and the
-stage's own state, and needs no random state or data position.
+stage's own state (buffer, reward shift, reference, data position), and needs no random state.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from r1v2_fast.atomic import write_folder
+from r1v2_fast.train.optimizer import Optimizer
 from r1v2_fast.train.stages.base import Stage
+
+TENSORS, META = "state.safetensors", "state.json"
 
 
 class Checkpoints:
-    def __init__(self, folder: Path):
-        self.folder = folder
+    """The newest `keep` checkpoints of the stage that is running; `say` tells what a reader of the terminal must know."""
 
-    def save(self, stage: Stage, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """After `step` steps of `stage`; older checkpoints go once this one stands."""
-        tensors, meta = stage.state()
-        flat = {f"stage/{name}": tensor for name, tensor in tensors.items()}
-        parameters = stage.named_parameters()
-        flat |= {f"parameter/{name}": parameter.detach() for name, parameter in parameters.items()}
-        for name, parameter in parameters.items():
-            for field, value in optimizer.state[parameter].items():
-                flat[f"optimizer/{field}/{name}"] = torch.as_tensor(value)
+    def __init__(self, folder: Path, *, keep: int = 2, say: Callable[[str], None] = lambda sentence: None):
+        self.folder = folder
+        self.keep = keep
+        self.say = say
+
+    def save(self, stage: Stage, optimizer: Optimizer, step: int) -> None:
+        """After `step` steps of `stage`; older checkpoints go once this one stands.
+
+        raises  RuntimeError where it cannot be written; what stood before still stands
+        """
+        own, meta = stage.state()
+        optimizer_tensors, optimizer_meta = optimizer.state()
+        tensors = {f"stage/{name}": tensor for name, tensor in own.items()}
+        tensors |= {f"parameter/{name}": parameter.detach() for name, parameter in optimizer.parameters.items()}
+        tensors |= {f"optimizer/{name}": tensor for name, tensor in optimizer_tensors.items()}
+        state = {"stage": stage.name, "step": step, "meta": meta, "optimizer": optimizer_meta}
         target = self.folder / f"{stage.name}-{step:06d}"
-        partial = target.with_name(target.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_file(
-            {name: tensor.clone().contiguous().cpu() for name, tensor in flat.items()},
-            str(partial / "state.safetensors"),
-        )
-        (partial / "state.json").write_text(json.dumps({"stage": stage.name, "step": step, "meta": meta}))
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(partial, target)
+        try:
+            write_folder(target, lambda folder: _write(folder, tensors, state))
+        except (OSError, SafetensorError) as error:
+            size = sum(tensor.nbytes for tensor in tensors.values())
+            free = shutil.disk_usage(self.folder).free
+            whole = self._found(stage)
+            raise RuntimeError(
+                f"cannot write checkpoint {target}: {error}; it takes {size / 1e6:.0f} MB, {free / 1e6:.0f} MB are free. "
+                f"{f'{whole[-1]} is intact' if whole else 'There is no earlier one'}: make room and resume"
+            ) from error
+        found = self._found(stage)
         for other in self.folder.iterdir():
-            if other != target:
+            if other not in found[-self.keep :]:
                 shutil.rmtree(other)
 
-    def load(self, stage: Stage, optimizer: torch.optim.Optimizer) -> int:
-        """Restore the newest checkpoint of `stage`; returns the steps done, 0 where there is none."""
-        found = sorted(p for p in self.folder.glob(f"{stage.name}-??????") if (p / "state.json").is_file())
-        if not found:
-            return 0
-        state = json.loads((found[-1] / "state.json").read_text())
-        tensors = load_file(str(found[-1] / "state.safetensors"))
-        parameters = stage.named_parameters()
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(tensors[f"parameter/{name}"])
-        by_field: dict[str, dict[str, torch.Tensor]] = {name: {} for name in parameters}
-        for key, tensor in tensors.items():
-            if key.startswith("optimizer/"):
-                _, field, name = key.split("/", 2)
-                by_field[name][field] = tensor
-        for name, parameter in parameters.items():
-            fields: dict[str, Any] = {
-                f: t if f == "step" else t.to(parameter.device) for f, t in by_field[name].items()
-            }
-            if fields:
-                optimizer.state[parameter] = fields
-        own = {key.removeprefix("stage/"): tensor for key, tensor in tensors.items() if key.startswith("stage/")}
-        stage.load_state(own, state["meta"])
-        return state["step"]
+    def load(self, stage: Stage, optimizer: Optimizer) -> int:
+        """Restore the newest whole checkpoint of `stage`; returns the steps done, 0 where there is none.
+
+        raises  ValueError where it is another model's
+        """
+        found = self._found(stage)
+        while found:
+            path = found.pop()
+            if (broken := _broken(path)) is None:
+                return _restore(path, stage, optimizer)
+            self.say(
+                f"{path} is not whole ({broken}); going back to {found[-1] if found else 'the start of the stage'}"
+            )
+        return 0
 
     def clear(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _found(self, stage: Stage) -> list[Path]:
+        return sorted(p for p in self.folder.glob(f"{stage.name}-??????") if p.is_dir())
+
+
+def _write(folder: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+    # clones: safetensors refuses tensors that share memory, as the tied ones of a buffer's samples may
+    save_file({name: t.clone().contiguous().cpu() for name, t in tensors.items()}, str(folder / TENSORS))
+    whole = {**state, "bytes": (folder / TENSORS).stat().st_size, "blake2b": _hash(folder / TENSORS)}
+    (folder / META).write_text(json.dumps(whole))
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.blake2b()
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 24):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _broken(path: Path) -> str | None:
+    """Why a checkpoint cannot be used; None if it can."""
+    try:
+        state = json.loads((path / META).read_text())
+        got = (path / TENSORS).stat().st_size
+        if got != state["bytes"]:
+            return f"{TENSORS} has {got} bytes, {state['bytes']} were written"
+        if _hash(path / TENSORS) != state["blake2b"]:
+            return f"{TENSORS} does not hold what was written"
+    except (OSError, ValueError, KeyError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _restore(path: Path, stage: Stage, optimizer: Optimizer) -> int:
+    state = json.loads((path / META).read_text())
+    parts: dict[str, dict[str, torch.Tensor]] = {"parameter": {}, "optimizer": {}, "stage": {}}
+    for key, tensor in load_file(str(path / TENSORS)).items():
+        part, name = key.split("/", 1)
+        parts[part][name] = tensor
+    saved = {name: tuple(tensor.shape) for name, tensor in parts["parameter"].items()}
+    here = {name: tuple(parameter.shape) for name, parameter in optimizer.parameters.items()}
+    for name in sorted(saved.keys() | here.keys()):
+        if saved.get(name) != here.get(name):
+            raise ValueError(
+                f"{path} is a checkpoint of another architecture: parameter {name!r} is "
+                f"{here.get(name, 'absent')} in this model, {saved.get(name, 'absent')} in the checkpoint"
+            )
+    with torch.no_grad():
+        for name, parameter in optimizer.parameters.items():
+            parameter.copy_(parts["parameter"][name])
+    optimizer.load_state(parts["optimizer"], state["optimizer"])
+    stage.load_state(parts["stage"], state["meta"])
+    return state["step"]

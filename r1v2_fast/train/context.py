@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
+from r1v2_fast.config import Recipe
 from r1v2_fast.data import digits
 from r1v2_fast.data.collate import Batch, PromptEncoder, Sequence, collate
 from r1v2_fast.data.images import ImageStore
 from r1v2_fast.data.records import Dataset, Record
+from r1v2_fast.log import Log
 from r1v2_fast.models import load
 from r1v2_fast.models.policy import Policy
 from r1v2_fast.models.reward_model import RewardModel
 from r1v2_fast.models.vision import FeatureCache
-from r1v2_fast.train.config import Recipe
-from r1v2_fast.train.log import Log
+from r1v2_fast.train.best import Best
 from r1v2_fast.train.rollout import Prompt
 
 
@@ -52,10 +55,18 @@ class Reader:
         self.pixels = ImageStore(corpus.image, loaded.image_processor, max_tiles=max_tiles)
         self.encoder = PromptEncoder(loaded.tokenizer, loaded.model.config.image_seq_length)
         self.pad_id = loaded.tokenizer.pad_token_id
+        self.image_token_id = loaded.model.config.image_token_id
 
     def prompt(self, dataset: Dataset, record: Record) -> Prompt:
         keys = dataset.image_keys(record)
-        return Prompt(record.id, self.encoder.encode(record, self.pixels.tiles(keys)), keys)
+        tiles = self.pixels.tiles(keys)
+        ids = self.encoder.encode(record, tiles)
+        got, expected = ids.count(self.image_token_id), sum(tiles) * self.encoder.image_tokens_per_tile
+        if got != expected:
+            raise ValueError(
+                f"{record.where}, field 'prompt': its text makes {got} image tokens, its images need {expected}"
+            )
+        return Prompt(record.id, ids, keys)
 
     def prompts(self, dataset: Dataset, records: list[Record]) -> list[Prompt]:
         self.pixels([key for record in records for key in dataset.image_keys(record)])  # one batch, then hits
@@ -78,6 +89,7 @@ class Context:
             data_folder = folder / data_folder
             digits.write(data_folder, seed=recipe.run.seed, sizes=recipe.data.sizes)
         self.corpus = Corpus(data_folder, root=recipe.data.root, allow_outside=recipe.data.allow_outside)
+        self.best = Best(folder, recipe.checkpoint)
         self.policy: Policy
         self.reader: Reader
         self.reward_model: RewardModel | None = None
@@ -87,6 +99,7 @@ class Context:
         loaded.model.to(self.device)
         self.reader = Reader(self.corpus, loaded, max_tiles=self.recipe.data.max_tiles)
         self.policy = Policy(loaded, self.reader.pixels, FeatureCache())
+        self.policy.settle()
 
     def initial(self) -> load.Loaded:
         """The model the recipe starts from."""
@@ -97,11 +110,20 @@ class Context:
         assert model.preset is not None
         return load.from_preset(model.preset, words=digits.WORDS, seed=self.recipe.run.seed, dtype=dtype)
 
-    def generator(self, stage: str, step: int) -> torch.Generator:
-        """Random numbers of one step, a pure function of (seed, stage, step): a resume restores no state."""
-        key = f"{self.recipe.run.seed}/{stage}/{step}".encode()
-        seed = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
-        return torch.Generator(self.device).manual_seed(seed)
+    def seed(self, what: str, step: int) -> int:
+        """63 bits for one use in one step, a pure function of the run's seed: a resume restores no random state."""
+        key = f"{self.recipe.run.seed}/{what}/{step}".encode()
+        return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
+
+    def generator(self, what: str, step: int) -> torch.Generator:
+        return torch.Generator(self.device).manual_seed(self.seed(what, step))
+
+    def seed_globals(self, stage: str, step: int) -> None:
+        """For what draws from the global generators, such as a reward of the user's."""
+        seed = self.seed(f"{stage}/globals", step)
+        random.seed(seed)
+        np.random.seed(seed & 0xFFFFFFFF)
+        torch.manual_seed(seed)
 
 
 def pick_device(name: str) -> torch.device:

@@ -6,13 +6,14 @@ from typing import NamedTuple
 
 import torch
 
+from r1v2_fast.config import Evaluation
 from r1v2_fast.data.records import Dataset
 from r1v2_fast.judge import hallucination
+from r1v2_fast.judge.panel import arguments_of
 from r1v2_fast.judge.reward import load_reward, score
 from r1v2_fast.judge.rules import think_format
 from r1v2_fast.models.policy import Policy
-from r1v2_fast.train.config import Evaluation
-from r1v2_fast.train.context import Reader
+from r1v2_fast.train.context import Context, Reader
 from r1v2_fast.train.rollout import rollout
 
 
@@ -33,18 +34,31 @@ def evaluate(
         prompts = reader.prompts(dataset, chosen[start : start + config.batch_size])
         responses = rollout(policy, prompts, group_size=1, max_new_tokens=config.max_new_tokens, temperature=0.0)
         completions += [reader.encoder.decode(response.ids) for response in responses]
-    columns = {"answer": [record.answer for record in chosen]}
-    for name in chosen[0].columns:
-        columns[name] = [record.columns.get(name) for record in chosen]
-    prompts_text = [r.prompt if isinstance(r.prompt, str) else str(r.prompt) for r in chosen]
-    ids = [record.id for record in chosen]
-    scores = score(config.score, load_reward(config.score), prompts_text, completions, columns, ids)
+    arguments = arguments_of(chosen, completions)
+    scores = score(config.score, load_reward(config.score), *arguments, [record.where for record in chosen])
     right = [value >= 1.0 for value in scores]
     metrics = {
         "accuracy": sum(right) / len(right),
-        "format": sum(think_format(prompts_text, completions)) / len(right),
+        "format": sum(think_format(arguments[0], completions)) / len(right),
         "records": float(len(right)),
     }
     if all(isinstance(record.columns.get("digits"), str) for record in chosen):
         metrics |= hallucination.rates(completions, [record.columns["digits"] for record in chosen], right)
     return Result(metrics, completions, right)
+
+
+def evaluate_sets(context: Context, stage: str, step: int, records: int | None) -> dict[str, float]:
+    """Every evaluation set, logged as eval/<set>/<metric>."""
+    metrics: dict[str, float] = {}
+    for name, file in context.recipe.evaluation.sets.items():
+        dataset = context.corpus.dataset(file)
+        result = evaluate(context.policy, context.reader, dataset, context.recipe.evaluation, records=records)
+        metrics |= {f"eval/{name}/{key}": value for key, value in result.metrics.items()}
+        if records is None:
+            for record, completion, right in zip(dataset.records[:24], result.completions, result.right, strict=False):
+                context.log.sample(
+                    stage=stage, step=step, set=name, id=record.id, prompt=record.prompt, images=dataset.image_keys(record),
+                    completion=completion, answer=record.answer, right=right,
+                )  # fmt: skip
+    context.log.evaluation(stage, step, metrics)
+    return metrics

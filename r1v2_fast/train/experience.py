@@ -9,14 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
+from r1v2_fast.config import RewardTerm, Sampling
 from r1v2_fast.data.collate import Sequence
 from r1v2_fast.data.records import Dataset, Record, draw
-from r1v2_fast.judge.reward import load_reward, score
-from r1v2_fast.train.config import RewardTerm, Sampling
+from r1v2_fast.judge.panel import Panel
 from r1v2_fast.train.context import Context
 from r1v2_fast.train.rollout import Prompt, Response, rollout
-
-REWARD_MODEL = "reward_model"
 
 
 @dataclass(frozen=True)
@@ -36,56 +34,41 @@ class Experience:
         prompt = self.prompts[i // self.group_size]
         return Sequence(prompt.ids, self.responses[i].ids, prompt.image_keys)
 
+    def groups(self, indices: list[int]) -> Experience:
+        """These groups alone."""
+        size = self.group_size
+        rows = [g * size + i for g in indices for i in range(size)]
+        return Experience(
+            [self.records[g] for g in indices],
+            [self.prompts[g] for g in indices],
+            size,
+            [self.responses[i] for i in rows],
+            [self.completions[i] for i in rows],
+            self.rewards_NR[rows],
+            self.names,
+        )
+
     def component(self, name: str) -> torch.Tensor:
         return self.rewards_NR[:, self.names.index(name)]
 
 
-class Judge:
-    """The reward components of a stage."""
-
-    def __init__(self, context: Context, terms: list[RewardTerm]):
-        self.context = context
-        self.terms = terms
-        self.functions = {t.name: load_reward(t.function) for t in terms if t.function != REWARD_MODEL}
-        if len(self.functions) < len(terms) and context.reward_model is None:
-            raise ValueError("a reward uses reward_model, but no reward stage ran before this one")
-
-    @property
-    def names(self) -> list[str]:
-        return [term.name for term in self.terms]
-
-    @property
-    def weights(self) -> torch.Tensor:
-        return torch.tensor([term.weight for term in self.terms])
-
-    def __call__(self, records: list[Record], sequences: list[Sequence], completions: list[str]) -> torch.Tensor:
-        """Rewards [N, R], squashed but not weighted; `records` has one entry a completion."""
-        columns: dict[str, list] = {"answer": [r.answer for r in records]}
-        for name in records[0].columns:
-            columns[name] = [record.columns.get(name) for record in records]
-        prompts = [r.prompt if isinstance(r.prompt, str) else str(r.prompt) for r in records]
-        ids = [record.id for record in records]
-        values = []
-        for term in self.terms:
-            if term.function == REWARD_MODEL:
-                value = self._model_scores(sequences)
-            else:
-                function = self.functions[term.name]
-                value = torch.tensor(score(term.name, function, prompts, completions, columns, ids))
-            values.append(value.sigmoid() if term.squash == "sigmoid" else value)
-        return torch.stack(values, 1)
+def panel(context: Context, terms: list[RewardTerm], *, overlong: tuple[int, int] | None = None) -> Panel:
+    """The reward components of a stage, with the run's reward model where it has one."""
+    model = context.reward_model
 
     @torch.no_grad()
-    def _model_scores(self, sequences: list[Sequence]) -> torch.Tensor:
-        assert self.context.reward_model is not None
-        return self.context.reward_model.scores(self.context.reader.batch(sequences, self.context.device)).cpu()
+    def model_scores(sequences: list[Sequence]) -> torch.Tensor:
+        assert model is not None
+        return model.scores(context.reader.batch(sequences, context.device)).cpu()
+
+    return Panel(terms, model_scores=model_scores if model else None, overlong=overlong)
 
 
 def collect(
-    context: Context, judge: Judge, dataset: Dataset, sampling: Sampling, *, stage: str, step: int
+    context: Context, judge: Panel, dataset: Dataset, sampling: Sampling, *, stage: str, round: int
 ) -> Experience:
-    """Draw this step's records, roll out G responses each, and score them."""
-    indices = draw(len(dataset), sampling.prompts, seed=context.recipe.run.seed, step=step)
+    """Draw the records of the run's `round`-th rollout of this stage, roll out G responses each, and score them."""
+    indices = draw(len(dataset), sampling.prompts, seed=context.recipe.run.seed, step=round)
     records = [dataset[index] for index in indices]
     prompts = context.reader.prompts(dataset, records)
     responses = rollout(
@@ -94,7 +77,7 @@ def collect(
         group_size=sampling.group_size,
         max_new_tokens=sampling.max_new_tokens,
         temperature=sampling.temperature,
-        generator=context.generator(stage, step),
+        generator=context.generator(stage, round),
     )
     completions = [context.reader.encoder.decode(response.ids) for response in responses]
     repeated = [record for record in records for _ in range(sampling.group_size)]
@@ -105,6 +88,20 @@ def collect(
     ]
     rewards_NR = judge(repeated, sequences, completions)
     return Experience(records, prompts, sampling.group_size, responses, completions, rewards_NR, judge.names)
+
+
+def joined(rounds: list[Experience]) -> Experience:
+    """Several rollouts of one stage as one."""
+    first = rounds[0]
+    return Experience(
+        [record for e in rounds for record in e.records],
+        [prompt for e in rounds for prompt in e.prompts],
+        first.group_size,
+        [response for e in rounds for response in e.responses],
+        [completion for e in rounds for completion in e.completions],
+        torch.cat([e.rewards_NR for e in rounds]),
+        first.names,
+    )
 
 
 def pairs_by_gap(totals_N: torch.Tensor, group_size: int, *, min_gap: float, max_pairs: int) -> list[tuple[int, int]]:
@@ -134,6 +131,8 @@ def reward_metrics(experience: Experience, weights: torch.Tensor, max_new_tokens
         values = values[values.isfinite()]
         metrics[f"rewards/{name}/mean"] = values.mean().item()
         metrics[f"rewards/{name}/std"] = values.std().item()
+        if len(values) < len(experience.rewards_NR):
+            metrics[f"rewards/{name}/unscored"] = 1 - len(values) / len(experience.rewards_NR)
     lengths = torch.tensor([len(response.ids) for response in experience.responses], dtype=torch.float32)
     finished = torch.tensor([response.finished for response in experience.responses])
     metrics["completions/mean_length"] = lengths.mean().item()

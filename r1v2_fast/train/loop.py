@@ -1,9 +1,10 @@
 """The training loop: the map of the system.
 
 records -> rollout (a prompt prefilled once for its G responses) -> rewards, components apart
-        -> group advantages -> Selective Sample Buffer -> batch          stage.collect, no gradient
-        -> hidden states -> response log-probs -> loss                   stage.loss
-        -> backward -> clip -> optimizer -> log, evaluation, checkpoint  here
+        -> group advantages -> Selective Sample Buffer -> samples        stage.collect, no gradient
+        -> mini-batches -> micro-batches under a token budget            stage.mini_batches, batching
+        -> hidden states -> response log-probs -> loss -> backward       stage.loss
+        -> clip -> optimizer -> log, evaluation, checkpoint              here
 """
 
 from __future__ import annotations
@@ -11,104 +12,95 @@ from __future__ import annotations
 import time
 
 import torch
-from torch import nn
 
+from r1v2_fast.train.batching import micro_batches, padded_tokens
 from r1v2_fast.train.checkpoint import Checkpoints
-from r1v2_fast.train.config import Optimizer
 from r1v2_fast.train.context import Context
-from r1v2_fast.train.evaluate import evaluate
+from r1v2_fast.train.evaluate import evaluate_sets
+from r1v2_fast.train.metrics import Mean
+from r1v2_fast.train.optimizer import Optimizer, learning_rate
 from r1v2_fast.train.stages.base import Metrics, Stage
+from r1v2_fast.train.stop import Stopped, StopRequest
 
 
-def run_stage(context: Context, stage: Stage, *, later: list[str]) -> None:
-    """Train one stage from its newest checkpoint, or from the start."""
-    config, recipe = stage.optimizer_config, context.recipe
-    parameters = list(stage.named_parameters().values())
-    optimizer = torch.optim.AdamW(
-        parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, foreach=True
-    )
-    checkpoints = Checkpoints(context.folder / "checkpoints")
+def run_stage(context: Context, stage: Stage, stop: StopRequest, *, later: list[str]) -> None:
+    """Train one stage from its newest checkpoint, or from the start; the last step is a checkpoint too.
+
+    raises  Stopped at a signal, with the step checkpointed
+    """
+    recipe, log = context.recipe, context.log
+    optimizer = Optimizer(stage.model.parameters, stage.settings.optimizer, dtype=stage.model.dtype)
+    checkpoints = Checkpoints(context.folder / "checkpoints", keep=recipe.checkpoint.keep, say=log.say)
     stage.prepare()
     done = checkpoints.load(stage, optimizer)
-    context.log.rewind(stage.name, done, later)
+    log.rewind(stage.name, done, later, steps=stage.steps)
     idle = 0
-    context.log.start(stage.name, stage.steps, done)
+    log.start(stage.name, stage.steps, done)
     try:
         for step in range(done, stage.steps):
             metrics: Metrics = {}
             started = time.perf_counter()
-            batch = stage.collect(step, metrics)
-            if batch is None:
+            context.seed_globals(stage.name, step)
+            samples = stage.collect(step, metrics)
+            if samples:
+                idle = 0
+                _learn(stage, samples, optimizer, step, metrics)
+            else:
                 idle += 1
                 _explain_idle(context, stage, step, metrics, idle)
-            else:
-                idle = 0
-                _update(stage, batch, parameters, optimizer, config, step, metrics)
             metrics["step_time"] = time.perf_counter() - started
-            context.log.step(stage.name, step, metrics)
-            if stage.trains_policy and (step + 1) % recipe.evaluation.every == 0 and step + 1 < stage.steps:
-                evaluate_sets(context, stage.name, step + 1, records=recipe.evaluation.records)
-            if (step + 1) % recipe.checkpoint.every == 0 and step + 1 < stage.steps:
-                checkpoints.save(stage, optimizer, step + 1)
+            log.step(stage.name, step, metrics)
+            after = step + 1
+            if stage.trains_policy and after % recipe.evaluation.every == 0 and after < stage.steps:
+                metrics = evaluate_sets(context, stage.name, after, recipe.evaluation.records)
+                context.best.offer(context.policy, stage.name, after, metrics)
+            if after % recipe.checkpoint.every == 0 or after == stage.steps or stop.signum:
+                checkpoints.save(stage, optimizer, after)
+            if stop.signum:
+                raise Stopped(f"stopped after step {after} of {stage.name}, checkpointed", stop.signum)
     finally:
-        context.log.stop()
+        log.stop()
 
 
-def _update(
-    stage: Stage,
-    batch,
-    parameters: list[nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    config: Optimizer,
-    step: int,
-    metrics: Metrics,
-) -> None:
-    rate = learning_rate(config, step, stage.steps)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.zero_grad(set_to_none=True)
-    loss = stage.loss(batch, metrics)
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-    if not torch.isfinite(norm):
-        raise RuntimeError(
-            f"stage {stage.name}, step {step}: the gradient norm is {norm.item()}; the last checkpoint is intact"
-        )
-    if norm == 0:
-        stage.context.log.say(
-            f"[{stage.name} step {step}] the gradient is exactly 0: nothing reaches the parts that train. The adapter "
-            "learns only from records with images.",
-            once="zero gradient",
-        )
-    optimizer.step()
-    stage.after_step()
-    metrics.update({"loss": loss.detach(), "grad_norm": norm, "learning_rate": rate})
+def _learn(stage: Stage, samples: list, optimizer: Optimizer, step: int, metrics: Metrics) -> None:
+    """The optimizer steps of one step's samples."""
+    rate = learning_rate(stage.settings.optimizer, step, stage.steps)
+    mean = Mean()
+    updates = 0
+    for mini_batch in stage.mini_batches(samples, step):
+        loss = torch.zeros((), device=stage.context.device)
+        for part in micro_batches(mini_batch, stage.settings.micro_batch_tokens):
+            own: Metrics = {}
+            try:
+                share = stage.loss(part, mini_batch, own)
+                optimizer.backward(share)
+            except torch.OutOfMemoryError as error:
+                raise RuntimeError(_out_of_memory(stage, part)) from error
+            loss += share.detach()
+            mean.add(own, weight=own.get("num_tokens", 1))
+        norm = optimizer.step(rate)
+        if not (norm.isfinite() or optimizer.scaler.is_enabled()):
+            raise RuntimeError(
+                f"stage {stage.name}, step {step}: the gradient norm is {norm.item()}; the last checkpoint is intact"
+            )
+        if norm == 0:
+            stage.context.log.say(
+                f"[{stage.name} step {step}] the gradient is exactly 0: nothing reaches the parts that train. The "
+                "adapter learns only from records with images.",
+                once="zero gradient",
+            )
+        stage.after_update()
+        mean.add({"loss": loss, "grad_norm": norm})
+        updates += 1
+    metrics.update({**mean.values(), "learning_rate": rate, "updates": updates})
 
 
-def learning_rate(config: Optimizer, step: int, steps: int) -> float:
-    """Linear warm-up, then constant or linear to zero: a pure function of the step."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    if config.decay == "none":
-        return config.lr
-    return config.lr * (steps - step) / max(1, steps - config.warmup_steps)
-
-
-def evaluate_sets(context: Context, stage: str, step: int, *, records: int | None) -> dict[str, float]:
-    """Every evaluation set, logged as eval/<set>/<metric>."""
-    metrics: dict[str, float] = {}
-    for name, file in context.recipe.evaluation.sets.items():
-        dataset = context.corpus.dataset(file)
-        result = evaluate(context.policy, context.reader, dataset, context.recipe.evaluation, records=records)
-        metrics |= {f"eval/{name}/{key}": value for key, value in result.metrics.items()}
-        if records is None:
-            for record, completion, right in zip(dataset.records[:24], result.completions, result.right, strict=False):
-                context.log.sample(
-                    stage=stage, step=step, set=name, id=record.id, prompt=record.prompt, images=dataset.image_keys(record),
-                    completion=completion, answer=record.answer, right=right,
-                )  # fmt: skip
-    context.log.evaluation(stage, step, metrics)
-    return metrics
+def _out_of_memory(stage: Stage, part: list) -> str:
+    return (
+        f"stage {stage.name}: out of memory in a forward and backward of {padded_tokens(part)} padded tokens, the longest "
+        f"of its step; {stage.name}.micro_batch_tokens below that, {stage.name}.gradient_checkpointing=true or a smaller "
+        "max_new_tokens help. The last checkpoint is intact"
+    )
 
 
 def _explain_idle(context: Context, stage: Stage, step: int, metrics: Metrics, idle: int) -> None:

@@ -43,42 +43,43 @@ def rollout(
     generator: torch.Generator | None = None,
 ) -> list[Response]:
     """Sample `group_size` responses a prompt, in the prompts' order; temperature 0 takes the likeliest token."""
-    batch = collate([Sequence(p.ids, [], p.image_keys) for p in prompts], policy.tokenizer.pad_token_id)
-    batch = batch.to(policy.internvl.device)
-    language_model = policy.internvl.language_model
-    output = language_model(
-        inputs_embeds=policy.embed(batch.input_ids, batch.image_keys),
-        attention_mask=batch.attention_mask,
-        position_ids=batch.positions,
-        use_cache=True,
-    )
-    cache = output.past_key_values
-    cache.batch_repeat_interleave(group_size)
-    hidden = output.last_hidden_state[:, -1].repeat_interleave(group_size, 0)
-    mask = batch.attention_mask.repeat_interleave(group_size, 0)
-    position = batch.positions[:, -1:].repeat_interleave(group_size, 0)
-    end = torch.tensor(end_ids(policy), device=hidden.device)
-    alive = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
-    tokens, logprobs, alives = [], [], []
-    for step in range(max_new_tokens):
-        logits = policy.head(hidden).float()
-        logits[:, policy.forbidden] = -torch.inf
-        token, logprob = _sample(logits, temperature, generator)
-        tokens.append(token)
-        logprobs.append(logprob)
-        alives.append(alive)
-        alive = alive & ~torch.isin(token, end)
-        if step + 1 == max_new_tokens or not alive.any():
-            break
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        position = position + 1
-        hidden = language_model(
-            inputs_embeds=policy.internvl.get_input_embeddings()(token[:, None]),
-            attention_mask=mask,
-            position_ids=position,
-            past_key_values=cache,
+    with policy.precision():
+        batch = collate([Sequence(p.ids, [], p.image_keys) for p in prompts], policy.tokenizer.pad_token_id)
+        batch = batch.to(policy.internvl.device)
+        language_model = policy.internvl.language_model
+        output = language_model(
+            inputs_embeds=policy.embed(batch.input_ids, batch.image_keys),
+            attention_mask=batch.attention_mask,
+            position_ids=batch.positions,
             use_cache=True,
-        ).last_hidden_state[:, -1]
+        )
+        cache = output.past_key_values
+        cache.batch_repeat_interleave(group_size)
+        hidden = output.last_hidden_state[:, -1].repeat_interleave(group_size, 0)
+        mask = batch.attention_mask.repeat_interleave(group_size, 0)
+        position = batch.positions[:, -1:].repeat_interleave(group_size, 0)
+        end = torch.tensor(end_ids(policy), device=hidden.device)
+        alive = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
+        tokens, logprobs, alives = [], [], []
+        for step in range(max_new_tokens):
+            logits = policy.head(hidden).float()
+            logits[:, policy.forbidden] = -torch.inf
+            token, logprob = _sample(logits, temperature, generator)
+            tokens.append(token)
+            logprobs.append(logprob)
+            alives.append(alive)
+            alive = alive & ~torch.isin(token, end)
+            if step + 1 == max_new_tokens or not alive.any():
+                break
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+            position = position + 1
+            hidden = language_model(
+                inputs_embeds=policy.internvl.get_input_embeddings()(token[:, None]),
+                attention_mask=mask,
+                position_ids=position,
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state[:, -1]
     lengths = torch.stack(alives, 1).sum(1).tolist()
     rows = torch.stack(tokens, 1).tolist()
     columns = torch.stack(logprobs, 1).cpu()

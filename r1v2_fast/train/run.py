@@ -2,40 +2,63 @@
 
 from __future__ import annotations
 
-import os
-import shutil
+import itertools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-import yaml
 
+from r1v2_fast.atomic import write_folder
+from r1v2_fast.config import Recipe
+from r1v2_fast.log import Log
+from r1v2_fast.loggers import open_loggers
 from r1v2_fast.models import load
 from r1v2_fast.models.reward_model import RewardModel
 from r1v2_fast.train.checkpoint import Checkpoints
-from r1v2_fast.train.config import Recipe
 from r1v2_fast.train.context import Context
-from r1v2_fast.train.log import Log
-from r1v2_fast.train.loop import evaluate_sets, run_stage
+from r1v2_fast.train.evaluate import evaluate_sets
+from r1v2_fast.train.folder import claim
+from r1v2_fast.train.loop import run_stage
 from r1v2_fast.train.stages.align import AlignStage
 from r1v2_fast.train.stages.base import Stage
 from r1v2_fast.train.stages.grpo import GRPOStage
 from r1v2_fast.train.stages.mpo import MPOStage
 from r1v2_fast.train.stages.reward import RewardStage
+from r1v2_fast.train.stop import Stopped, StopRequest
 
-STAGES: dict[str, type[Stage]] = {stage.name: stage for stage in (AlignStage, RewardStage, MPOStage, GRPOStage)}
+STAGES: dict[str, Callable[[Context, Any], Stage]] = {
+    stage.name: stage for stage in (AlignStage, RewardStage, MPOStage, GRPOStage)
+}
 
 
 def train(recipe: Recipe, *, resume: bool = False, log: Log | None = None) -> Path:
     """Run the recipe's stages; returns the run folder. A stage's product stands in stages/, the last policy in final/.
 
-    raises  ValueError where the folder holds a run and resume is False, or another recipe's run
+    raises  ValueError where the folder holds a run and resume is False, or another recipe's run; Stopped at a signal
     """
     folder = Path(recipe.run.folder)
-    _claim(folder, recipe, resume)
     if recipe.run.threads is not None:
         torch.set_num_threads(recipe.run.threads)
+    torch.zeros(1).exp_()  # PyTorch 2.13's first exp on several threads may err in the last bits; one thread's does not
     log = log or Log(folder)
-    context = Context(recipe, folder, log)
+    claim(folder, recipe, resume=resume, say=log.say)
+    log.loggers = open_loggers(
+        list(recipe.run.loggers), project="r1v2_fast", run=recipe.run.name, folder=folder,
+        config=recipe.model_dump(mode="json"), resume=resume, warn=log.say,
+    )  # fmt: skip
+    steps = [getattr(recipe, name).steps for name in recipe.run.stages]
+    log.first_step = dict(zip(recipe.run.stages, itertools.accumulate(steps, initial=0), strict=False))
+    try:
+        with StopRequest() as stop:
+            _stages(Context(recipe, folder, log), stop)
+    finally:
+        log.close()
+    return folder
+
+
+def _stages(context: Context, stop: StopRequest) -> None:
+    recipe, folder, log = context.recipe, context.folder, context.log
     loaded = context.initial()
     fresh = True
     for index, name in enumerate(recipe.run.stages):
@@ -50,49 +73,24 @@ def train(recipe: Recipe, *, resume: bool = False, log: Log | None = None) -> Pa
             continue
         if fresh:
             context.use(loaded)
-            if name != "align":  # a model that can answer already is measured before it changes
-                log.rewind(name, -1, ["start"])
-                _report(context, "start", evaluate_sets(context, "start", 0, records=None))
+            if name != "align" and not log.evaluated("start"):  # a model that can answer is measured before it changes
+                _report(context, "start", evaluate_sets(context, "start", 0, None))
             fresh = False
         stage = STAGES[name](context, getattr(recipe, name))
-        run_stage(context, stage, later=list(recipe.run.stages[index + 1 :]))
+        run_stage(context, stage, stop, later=list(recipe.run.stages[index + 1 :]))
+        stage.model.settle()
         if isinstance(stage, RewardStage):
-            stage.model.train_parts([])
-            for parameter in stage.model.head.parameters():
-                parameter.requires_grad_(False)
             context.reward_model = stage.model
         else:
-            _report(context, name, evaluate_sets(context, name, stage.steps, records=None))
-        _write_whole(product, stage.save)
-        Checkpoints(folder / "checkpoints").clear()
-    _write_whole(folder / "final", lambda path: load.save_folder(path, context.policy.loaded))
-    return folder
-
-
-def _claim(folder: Path, recipe: Recipe, resume: bool) -> None:
-    """The run folder belongs to one resolved recipe, from its first measured step on."""
-    path = folder / "recipe.yaml"
-    started = any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints", "stages"))
-    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-    if started and path.is_file():
-        if not resume:
-            raise ValueError(f"{folder} holds a run; add --resume to go on with it, or choose another run.folder")
-        if path.read_text() != text:
-            raise ValueError(f"{folder} holds a run of another recipe (see {path}); resume with the same one")
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
-
-
-def _write_whole(path: Path, write) -> None:
-    partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write(partial)
-    shutil.rmtree(path, ignore_errors=True)
-    os.replace(partial, path)
+            metrics = evaluate_sets(context, name, stage.steps, None)
+            context.best.offer(context.policy, name, stage.steps, metrics)
+            _report(context, name, metrics)
+        write_folder(product, stage.save)
+        if index + 1 < len(recipe.run.stages):
+            Checkpoints(folder / "checkpoints").clear()
+        if stop.signum:
+            raise Stopped(f"stopped after stage {name}", stop.signum)
+    write_folder(folder / "final", context.policy.save)
 
 
 def _report(context: Context, stage: str, metrics: dict[str, float]) -> None:

@@ -2,42 +2,55 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-from r1v2_fast.data.collate import Batch, Sequence
+from r1v2_fast import config
+from r1v2_fast.data.collate import Sequence
 from r1v2_fast.data.records import draw
-from r1v2_fast.train.config import Align
 from r1v2_fast.train.context import Context
 from r1v2_fast.train.stages.base import Metrics, Stage
 
 
-class AlignStage(Stage):
+@dataclass(frozen=True)
+class Example:
+    sequence: Sequence
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        return [self.sequence]
+
+
+class AlignStage(Stage[Example]):
     name = "align"
 
-    def __init__(self, context: Context, config: Align):
-        super().__init__(context, config)
+    def __init__(self, context: Context, config: config.Align):
+        super().__init__(context, config, context.policy)
         self.batch_size = config.batch_size
-        context.policy.train_parts(list(config.train))
         for record in self.dataset.records:
             if not isinstance(record.columns.get("response"), str):
                 raise ValueError(
                     f"{record.where}, field 'response': align needs a string to learn, got {record.columns.get('response')!r}"
                 )
 
-    def collect(self, step: int, metrics: Metrics) -> Batch:
+    def collect(self, step: int, metrics: Metrics) -> list[Example]:
         context = self.context
         indices = draw(len(self.dataset), self.batch_size, seed=context.recipe.run.seed, step=step)
         records = [self.dataset[index] for index in indices]
         prompts = context.reader.prompts(self.dataset, records)
-        sequences = [
-            Sequence(prompt.ids, context.reader.encoder.response(record.columns["response"]), prompt.image_keys)
+        return [
+            Example(
+                Sequence(prompt.ids, context.reader.encoder.response(record.columns["response"]), prompt.image_keys)
+            )
             for prompt, record in zip(prompts, records, strict=True)
         ]
-        return context.reader.batch(sequences, context.device)
 
-    def loss(self, batch: Batch, metrics: Metrics) -> torch.Tensor:
+    def loss(self, samples: list[Example], whole: list[Example], metrics: Metrics) -> torch.Tensor:
+        batch = self.context.reader.batch([sample.sequence for sample in samples], self.context.device)
         output = self.context.policy.response_logprobs(batch, outputs=("is_top1",))
         assert output.is_top1 is not None
         metrics["mean_token_accuracy"] = output.is_top1.float().mean()
         metrics["num_tokens"] = len(output.logprobs)
-        return -output.logprobs.mean()
+        tokens = sum(len(sample.sequence.response_ids) for sample in whole)
+        return -output.logprobs.sum() / tokens

@@ -2,45 +2,62 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch import nn
 
-from r1v2_fast.train import config
+from r1v2_fast import config
+from r1v2_fast.models.policy import Backbone
+from r1v2_fast.train.batching import Sample, micro_batches
 from r1v2_fast.train.context import Context
 
 Metrics = dict[str, Any]  # floats, or device tensors that the log reads at the end of the step
+S = TypeVar("S", bound=Sample)
 
 
-class Stage:
-    """A stage of training; subclasses say how a batch is made and what the loss on it is."""
+class Stage(Generic[S]):
+    """A stage of training; subclasses say which samples a step trains on and what the loss on some of them is."""
 
     name: str
     trains_policy = True
 
-    def __init__(self, context: Context, config: config.Stage):
+    def __init__(self, context: Context, config: config.Stage, model: Backbone):
         self.context = context
+        self.settings = config
         self.steps = config.steps
-        self.optimizer_config = config.optimizer
+        self.model = model
         self.dataset = context.corpus.dataset(config.data)
-
-    def named_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters that train."""
-        model = self.context.policy.loaded.model
-        return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        model.train_parts(list(config.train), config.lora, seed=context.recipe.run.seed)
+        model.checkpointing = config.gradient_checkpointing
 
     def prepare(self) -> None:
         """Work before the first step, such as reference log-probs; the initial parameters are in place."""
 
-    def collect(self, step: int, metrics: Metrics) -> Any | None:
-        """This step's batch, made without gradients; None where there is nothing to learn from."""
+    def collect(self, step: int, metrics: Metrics) -> list[S]:
+        """This step's samples, made without gradients; none where there is nothing to learn from."""
         raise NotImplementedError
 
-    def loss(self, batch: Any, metrics: Metrics) -> torch.Tensor:
+    def mini_batches(self, samples: list[S], step: int) -> Iterator[list[S]]:
+        """What each optimizer step of this step trains on."""
+        yield samples
+
+    def loss(self, samples: list[S], whole: list[S], metrics: Metrics) -> torch.Tensor:
+        """The share that `samples` have in the loss of `whole`, their optimizer step's: shares add up exactly."""
         raise NotImplementedError
 
-    def after_step(self) -> None:
+    def response_logprobs(self, samples: list[S], *, temperature: float) -> list[list[torch.Tensor]]:
+        """Per-token log-probs of each sequence of each sample, without gradient, in micro-batches; on the CPU."""
+        found: dict[int, list[torch.Tensor]] = {}
+        for part in micro_batches(samples, self.settings.micro_batch_tokens) if samples else ():
+            batch = self.context.reader.batch([s for sample in part for s in sample.sequences], self.context.device)
+            with torch.no_grad():
+                logprobs = self.context.policy.response_logprobs(batch, temperature=temperature).logprobs
+            pieces = iter(logprobs.cpu().split(batch.offsets.diff().tolist()))
+            found |= {id(sample): [next(pieces) for _ in sample.sequences] for sample in part}
+        return [found[id(sample)] for sample in samples]
+
+    def after_update(self) -> None:
         """Once the optimizer has stepped."""
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -51,7 +68,5 @@ class Stage:
         pass
 
     def save(self, folder) -> None:
-        """The stage's product as a folder that loads again."""
-        from r1v2_fast.models import load
-
-        load.save_folder(folder, self.context.policy.loaded)
+        """The stage's product, once settled, as a folder that loads again."""
+        self.context.policy.save(folder)

@@ -2,40 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from r1v2_fast import ops
-from r1v2_fast.buffer import SelectiveSampleBuffer
-from r1v2_fast.data.collate import Batch, Sequence
-from r1v2_fast.models.freeze import snapshot, swapped
-from r1v2_fast.train import config
+from r1v2_fast import config, ops
+from r1v2_fast.buffer import SelectiveSampleBuffer, Unit
+from r1v2_fast.data.collate import Sequence
 from r1v2_fast.train.context import Context
-from r1v2_fast.train.experience import Experience, Judge, collect, reward_metrics
+from r1v2_fast.train.experience import Experience, collect, joined, panel, reward_metrics
 from r1v2_fast.train.stages.base import Metrics, Stage
 
 
-@dataclass(frozen=True)
-class Samples:
-    """What one update trains on: B sequences, fresh and replayed, N packed response tokens."""
+@dataclass
+class Sample:
+    """One response, fresh or replayed; log-probs are per token, on the CPU."""
 
-    batch: Batch
-    advantages: torch.Tensor  # [B]
-    behaviour_logprobs: torch.Tensor  # [N]
-    ref_logprobs: torch.Tensor | None  # [N], with a KL term
+    sequence: Sequence
+    advantage: float
+    behaviour_logprobs: torch.Tensor  # as it was sampled
+    replayed: bool = False
+    old_logprobs: torch.Tensor | None = (
+        None  # before the step's first update; None: the policy's own, one update a step
+    )
+    ref_logprobs: torch.Tensor | None = None  # with a KL term
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        return [self.sequence]
 
 
-class GRPOStage(Stage):
+class GRPOStage(Stage[Sample]):
     name = "grpo"
 
     def __init__(self, context: Context, config: config.GRPO):
-        super().__init__(context, config)
+        super().__init__(context, config, context.policy)
         self.config = config
-        context.policy.train_parts(list(config.train))
-        self.initial = snapshot(context.policy.parameters)
-        self.judge = Judge(context, config.rewards)
+        self.rounds = 0  # rollouts so far: the position in the data
+        overlong = (config.sampling.max_new_tokens, config.overlong_cache) if config.overlong_cache else None
+        self.judge = panel(context, config.rewards, overlong=overlong)
         self.buffer = (
             SelectiveSampleBuffer(
                 config.buffer.capacity,
@@ -49,53 +56,76 @@ class GRPOStage(Stage):
         )
         # without a KL term a zero advantage leaves no gradient at all, so those rows need none made
         self.skip_zero = config.kl_coef == 0
+        if not self.skip_zero:
+            self.model.keep_reference()
 
-    def collect(self, step: int, metrics: Metrics) -> Samples | None:
-        sampling = self.config.sampling
-        experience = collect(self.context, self.judge, self.dataset, sampling, stage=self.name, step=step)
-        metrics.update(reward_metrics(experience, self.judge.weights, sampling.max_new_tokens))
-        groups = ops.group_advantages(
-            experience.rewards_NR,
-            sampling.group_size,
-            component_weights=self.judge.weights,
-            aggregate=self.config.aggregate,
-            informative_from=experience.component(self.config.informative_from),
-            zero_uninformative=self.config.zero_uninformative,
-        )
-        metrics["frac_informative"] = groups.informative.float().mean()
-        samples = [_sample(experience, i) for i in range(len(experience.responses))]
-        advantages = groups.advantages.cpu()
-        replayed = self._replay(samples, advantages, groups.informative, step, metrics)
-        keep = [i for i in range(len(samples)) if not self.skip_zero or bool(advantages[i] != 0)]
-        kept = [samples[i] for i in keep] + [sample for unit in replayed for sample in unit.samples]
-        values = torch.cat([advantages[keep], *(unit.advantages for unit in replayed)])
+    def collect(self, step: int, metrics: Metrics) -> list[Sample]:
+        experience, advantages, informative = self._rollouts(metrics)
+        if self.config.mask_truncated:
+            finished = torch.tensor([response.finished for response in experience.responses])
+            advantages = torch.where(finished, advantages, 0.0)
+        keep = [i for i in range(len(advantages)) if bool(advantages[i] != 0) or self._keeps_zero(experience, i)]
+        fresh = [_sample(experience, i, advantages[i].item()) for i in keep]
+        replayed = self._replay(experience, advantages, informative, step, metrics)
         self._dump(experience, advantages, set(keep), step)
-        return self._samples(kept, values) if kept else None
+        samples = fresh + [sample for unit in replayed for sample in _restored(unit)]
+        if self.config.updates_per_rollout * self.config.mini_batches > 1:
+            for sample, (old,) in zip(samples, self._logprobs(samples), strict=True):
+                sample.old_logprobs = old
+        if self.config.buffer is not None and self.config.buffer.ratio == "stored":
+            for sample in samples:
+                if sample.replayed:
+                    sample.old_logprobs = sample.behaviour_logprobs
+        if not self.skip_zero:
+            with self.model.reference():
+                for sample, (ref,) in zip(samples, self._logprobs(samples), strict=True):
+                    sample.ref_logprobs = ref
+        return samples
 
-    def loss(self, samples: Samples, metrics: Metrics) -> torch.Tensor:
-        batch = samples.batch
+    def mini_batches(self, samples: list[Sample], step: int) -> Iterator[list[Sample]]:
+        count = min(self.config.mini_batches, len(samples))
+        for update in range(self.config.updates_per_rollout):
+            if count == 1:
+                yield samples
+                continue
+            generator = torch.Generator().manual_seed(self.context.seed(f"{self.name}/deal {update}", step))
+            order = torch.randperm(len(samples), generator=generator).tolist()
+            yield from ([samples[i] for i in order[start::count]] for start in range(count))
+
+    def loss(self, samples: list[Sample], whole: list[Sample], metrics: Metrics) -> torch.Tensor:
+        device = self.context.device
+        batch = self.context.reader.batch([sample.sequence for sample in samples], device)
+        advantages = torch.tensor([sample.advantage for sample in samples], device=device)
         needs_grad = None
         if self.skip_zero:
-            assert samples.ref_logprobs is None, "a KL term reaches tokens whose advantage is zero"
-            needs_grad = (samples.advantages != 0).repeat_interleave(batch.offsets.diff())
+            assert all(sample.ref_logprobs is None for sample in samples), "a KL term reaches zero advantages too"
+            needs_grad = (advantages != 0).repeat_interleave(batch.offsets.diff())
         output = self.context.policy.response_logprobs(
-            batch, temperature=self.config.sampling.temperature, needs_grad=needs_grad, outputs=("entropy",)
+            batch, temperature=self._temperature, needs_grad=needs_grad, outputs=("entropy",)
         )
         assert output.entropy is not None
-        sequences, longest = len(samples.advantages), self.config.sampling.max_new_tokens
+        current = output.logprobs.detach().split(batch.offsets.diff().tolist())
+        pairs = zip(samples, current, strict=True)
+        old = [own if s.old_logprobs is None else s.old_logprobs.to(device) for s, own in pairs]
+        references = [s.ref_logprobs for s in samples if s.ref_logprobs is not None]
+        normalizer = {
+            "grpo": len(whole),
+            "dr_grpo": len(whole) * self.config.sampling.max_new_tokens,
+            "dapo": sum(len(sample.sequence.response_ids) for sample in whole),
+        }[self.config.kind]
         loss = ops.policy_loss(
             output.logprobs,
-            output.logprobs.detach(),  # one update a rollout: the old policy is this one
-            samples.advantages,
+            torch.cat(old),
+            advantages,
             offsets=batch.offsets,
             kind=self.config.kind,
             clip_low=self.config.clip_low,
             clip_high=self.config.clip_high,
-            ref_logprobs=samples.ref_logprobs,
+            ref_logprobs=torch.cat(references).to(device) if references else None,
             kl_coef=self.config.kl_coef,
-            behaviour_logprobs=samples.behaviour_logprobs,
+            behaviour_logprobs=torch.cat([sample.behaviour_logprobs for sample in samples]).to(device),
             behaviour_cap=self.config.behaviour_cap,
-            normalizer=float(sequences * longest) if self.config.kind == "dr_grpo" else None,
+            normalizer=float(normalizer),
         )
         metrics.update(loss.metrics)
         metrics["entropy"] = output.entropy.detach().mean()
@@ -103,8 +133,8 @@ class GRPOStage(Stage):
         return loss.loss
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        tensors = {f"initial/{index}": value for index, value in enumerate(self.initial)}
-        meta: dict[str, Any] = {}
+        tensors = self.model.reference_state()
+        meta: dict[str, Any] = {"rounds": self.rounds}
         if self.buffer is not None:
             held = self.buffer.state_dict()
             meta["buffer"] = held.pop("meta")
@@ -112,43 +142,79 @@ class GRPOStage(Stage):
         return tensors, meta
 
     def load_state(self, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
-        self.initial = [tensors[f"initial/{index}"].to(self.context.device) for index in range(len(self.initial))]
+        self.model.load_reference_state(tensors)
+        self.rounds = meta["rounds"]
         if self.buffer is not None:
             held = {n.removeprefix("buffer/"): t for n, t in tensors.items() if n.startswith("buffer/")}
             self.buffer.load_state_dict({**held, "meta": meta["buffer"]})
 
-    def _replay(self, samples: list[dict], advantages, informative, step: int, metrics: Metrics) -> list:
+    @property
+    def _temperature(self) -> float:
+        return self.config.sampling.temperature
+
+    def _logprobs(self, samples: list[Sample]) -> list[list[torch.Tensor]]:
+        return self.response_logprobs(samples, temperature=self._temperature)
+
+    def _rollouts(self, metrics: Metrics) -> tuple[Experience, torch.Tensor, torch.Tensor]:
+        """(a batch of groups, advantages [N], informative [groups]) of one rollout; or with dynamic sampling of as many
+        as fill the batch with informative groups, those alone."""
+        dynamic, sampling = self.config.dynamic_sampling, self.config.sampling
+        rounds: list[Experience] = []
+        while True:
+            rounds.append(collect(self.context, self.judge, self.dataset, sampling, stage=self.name, round=self.rounds))
+            self.rounds += 1
+            experience = joined(rounds)
+            groups = ops.group_advantages(
+                experience.rewards_NR,
+                experience.group_size,
+                component_weights=self.judge.weights,
+                aggregate=self.config.aggregate,
+                informative_from=experience.component(self.config.informative_from),
+                zero_uninformative=self.config.zero_uninformative,
+            )
+            found = groups.informative.nonzero().flatten().tolist()
+            if dynamic is None or len(found) >= sampling.prompts or len(rounds) == dynamic.max_rounds:
+                break
+        metrics.update(reward_metrics(experience, self.judge.weights, sampling.max_new_tokens))
+        metrics["frac_informative"] = groups.informative.float().mean()
+        advantages, informative = groups.advantages.cpu(), groups.informative.cpu()
+        if dynamic is None:
+            return experience, advantages, informative
+        metrics["dynamic_sampling/rounds"] = len(rounds)
+        batch = found[: sampling.prompts]
+        return experience.groups(batch), advantages.view(len(informative), -1)[batch].flatten(), informative[batch]
+
+    def _keeps_zero(self, experience: Experience, i: int) -> bool:
+        """Whether a response without an advantage counts all the same: in the average, or under a KL term."""
+        if self.config.mask_truncated and not experience.responses[i].finished:
+            return False
+        return not self.skip_zero or self.config.average_over == "all"
+
+    def _replay(
+        self, experience: Experience, advantages: torch.Tensor, informative: torch.Tensor, step: int, metrics: Metrics
+    ) -> list[Unit]:
         """The deficit of informative units drawn back from the buffer; then this step's go in."""
-        size = self.config.sampling.group_size
-        if self.buffer is None:
+        if self.buffer is None or self.config.buffer is None:
             return []
-        by_group = self.config.buffer is not None and self.config.buffer.granularity == "group"
-        groups = len(informative)
-        target, fresh = (groups, int(informative.sum())) if by_group else (len(samples), int((advantages != 0).sum()))
-        replayed = self.buffer.fill(target, fresh, step)
-        offsets = torch.arange(0, len(samples) + 1, size)
-        self.buffer.push(
-            samples, torch.where(informative.cpu().repeat_interleave(size), advantages, 0.0), offsets, step
-        )
+        size, prompts = experience.group_size, self.config.sampling.prompts
+        effective = torch.where(informative.repeat_interleave(size), advantages, 0.0)
+        unit = 1 if self.buffer.granularity == "sample" else size
+        priorities = effective.view(-1, unit).abs().mean(1)
+        target, fresh = prompts * size // unit, int((priorities > 0).sum())
+        missing_from = round(target * self.config.buffer.share)
+        have = fresh
+        if self.config.buffer.deficit == "signal" and len(self.buffer):
+            have = round(priorities.sum().item() / self.buffer.mean_priority)
+        replayed = self.buffer.fill(missing_from, have, step)
+        samples = [_stored(experience, i) for i in range(len(advantages))]
+        self.buffer.push(samples, effective, torch.arange(0, len(samples) + 1, size), step)
         metrics["buffer/effective_share_without"] = fresh / target
         metrics["buffer/effective_share"] = (fresh + len(replayed)) / target
-        metrics["buffer/size"] = self.buffer.stats()["size"]
+        metrics["buffer/size"] = len(self.buffer)
+        metrics["buffer/replayed_tokens"] = sum(len(s["response_ids"]) for u in replayed for s in u.samples)
         if replayed:
             metrics["buffer/staleness"] = sum(step - unit.step for unit in replayed) / len(replayed)
         return replayed
-
-    def _samples(self, samples: list[dict], advantages: torch.Tensor) -> Samples:
-        device = self.context.device
-        sequences = [Sequence(s["prompt_ids"], s["response_ids"].tolist(), s["image_keys"]) for s in samples]
-        batch = self.context.reader.batch(sequences, device)
-        behaviour = torch.cat([s["behaviour_logprobs"] for s in samples]).to(device)
-        return Samples(batch, advantages.to(device), behaviour, None if self.skip_zero else self._reference(batch))
-
-    @torch.no_grad()
-    def _reference(self, batch: Batch) -> torch.Tensor:
-        policy = self.context.policy
-        with swapped(policy.parameters, self.initial):
-            return policy.response_logprobs(batch, temperature=self.config.sampling.temperature).logprobs
 
     def _dump(self, experience: Experience, advantages: torch.Tensor, kept: set[int], step: int) -> None:
         if step % self.context.recipe.samples_every:
@@ -169,11 +235,30 @@ class GRPOStage(Stage):
             )
 
 
-def _sample(experience: Experience, i: int) -> dict:
-    response, sequence = experience.responses[i], experience.sequence(i)
+def _sample(experience: Experience, i: int, advantage: float) -> Sample:
+    return Sample(experience.sequence(i), advantage, experience.responses[i].logprobs)
+
+
+def _stored(experience: Experience, i: int) -> dict[str, Any]:
+    """A response as the buffer keeps it."""
+    sequence = experience.sequence(i)
     return {
         "prompt_ids": sequence.prompt_ids,
-        "response_ids": torch.tensor(response.ids),
-        "behaviour_logprobs": response.logprobs,
+        "response_ids": torch.tensor(sequence.response_ids),
+        "behaviour_logprobs": experience.responses[i].logprobs,
         "image_keys": sequence.image_keys,
     }
+
+
+def _restored(unit: Unit) -> list[Sample]:
+    """A unit's samples with an advantage; the others have nothing to teach."""
+    return [
+        Sample(
+            Sequence(stored["prompt_ids"], stored["response_ids"].tolist(), stored["image_keys"]),
+            advantage,
+            stored["behaviour_logprobs"],
+            replayed=True,
+        )
+        for stored, advantage in zip(unit.samples, unit.advantages.tolist(), strict=True)
+        if advantage != 0
+    ]

@@ -11,35 +11,37 @@ from typing import Any
 
 import torch
 
-from r1v2_fast import ops
-from r1v2_fast.data.collate import Batch, Sequence
+from r1v2_fast import config, ops
+from r1v2_fast.data.collate import Sequence
 from r1v2_fast.data.records import draw
-from r1v2_fast.models.freeze import snapshot, swapped
-from r1v2_fast.train import config
 from r1v2_fast.train.context import Context
-from r1v2_fast.train.experience import Judge, collect, pairs_by_gap, reward_metrics
+from r1v2_fast.train.experience import collect, pairs_by_gap, panel, reward_metrics
 from r1v2_fast.train.stages.base import Metrics, Stage
 
 
-@dataclass(frozen=True)
-class Pairs:
-    batch: Batch  # P chosen sequences, then their P rejected ones
-    ref_logprobs: torch.Tensor  # [N], packed
+@dataclass
+class Pair:
+    chosen: Sequence
+    rejected: Sequence
+    ref_logprobs: tuple[torch.Tensor, torch.Tensor] | None = None  # per token, of both sides
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        return [self.chosen, self.rejected]
 
 
-class MPOStage(Stage):
+class MPOStage(Stage[Pair]):
     name = "mpo"
 
     def __init__(self, context: Context, config: config.MPO):
-        super().__init__(context, config)
+        super().__init__(context, config, context.policy)
         self.config = config
-        context.policy.train_parts(list(config.train))
-        self.initial = snapshot(context.policy.parameters)
+        self.model.keep_reference()
         self.shift = ops.RewardShift()
         self.temperature = config.sampling.temperature if config.sampling else 1.0
-        self.judge = Judge(context, config.rewards) if config.sampling else None
-        self._ready_logprobs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._rewards: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.judge = panel(context, config.rewards) if config.sampling else None
+        self._ready: dict[int, Pair] = {}
+        self._rewards: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def prepare(self) -> None:
         """Reference log-probs of ready pairs, once, before training."""
@@ -49,28 +51,44 @@ class MPOStage(Stage):
         indices = sorted({index for step in steps for index in step})
         for start in range(0, len(indices), self.config.pairs):
             part = indices[start : start + self.config.pairs]
-            batch = self._ready_batch(part)
-            logprobs = self._reference(batch).split(batch.offsets.diff().tolist())
-            for i, index in enumerate(part):
-                self._ready_logprobs[index] = (logprobs[i], logprobs[len(part) + i])
+            pairs = self._pairs(part)
+            self._add_reference(pairs)
+            self._ready |= zip(part, pairs, strict=True)
 
-    def collect(self, step: int, metrics: Metrics) -> Pairs | None:
-        return self._ready(step) if self.judge is None else self._sampled(self.judge, step, metrics)
+    def collect(self, step: int, metrics: Metrics) -> list[Pair]:
+        if self.judge is None:
+            indices = draw(len(self.dataset), self.config.pairs, seed=self._seed, step=step)
+            return [self._ready[index] for index in indices]
+        assert self.config.sampling is not None
+        experience = collect(self.context, self.judge, self.dataset, self.config.sampling, stage=self.name, round=step)
+        metrics.update(reward_metrics(experience, self.judge.weights, self.config.sampling.max_new_tokens))
+        totals = (experience.rewards_NR * self.judge.weights).sum(1)  # NaN, unscored, is in no pair
+        found = pairs_by_gap(
+            totals, experience.group_size, min_gap=self.config.min_reward_gap, max_pairs=self.config.max_pairs
+        )
+        metrics["pairs"] = len(found)
+        pairs = [Pair(experience.sequence(chosen), experience.sequence(rejected)) for chosen, rejected in found]
+        self._add_reference(pairs)
+        return pairs
 
-    def loss(self, pairs: Pairs, metrics: Metrics) -> torch.Tensor:
-        logprobs = self.context.policy.response_logprobs(pairs.batch, temperature=self.temperature).logprobs
+    def loss(self, samples: list[Pair], whole: list[Pair], metrics: Metrics) -> torch.Tensor:
+        batch = self.context.reader.batch(_sides(samples), self.context.device)
+        logprobs = self.context.policy.response_logprobs(batch, temperature=self.temperature).logprobs
+        chosen_tokens = sum(len(pair.chosen.response_ids) for pair in whole)
         output = ops.mpo_loss(
             logprobs,
-            pairs.ref_logprobs,
-            pairs.batch.offsets,
+            _packed([pair.ref_logprobs for pair in samples]).to(logprobs.device),
+            batch.offsets,
             beta=self.config.beta,
             weights=self.config.weights,
             delta=self.shift.delta,
             label_smoothing=self.config.label_smoothing,
             generation=self.config.generation,
+            normalizer=float(len(whole)),
+            generation_normalizer=float(len(whole) if self.config.generation == "sequence" else chosen_tokens),
         )
         chosen, rejected = output.chosen_rewards.detach(), output.rejected_rewards.detach()
-        self._rewards = (chosen, rejected)
+        self._rewards.append((chosen, rejected))
         metrics["rewards/chosen"] = chosen.mean()
         metrics["rewards/rejected"] = rejected.mean()
         metrics["rewards/accuracies"] = (chosen > rejected).float().mean()
@@ -80,56 +98,49 @@ class MPOStage(Stage):
         metrics["num_tokens"] = len(logprobs)
         return output.loss
 
-    def after_step(self) -> None:
-        assert self._rewards is not None
-        self.shift.update(*self._rewards)
+    def after_update(self) -> None:
+        chosen, rejected = zip(*self._rewards, strict=True)
+        self.shift.update(torch.cat(chosen), torch.cat(rejected))
+        self._rewards.clear()
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        initial = {f"initial/{index}": value for index, value in enumerate(self.initial)}
-        return initial, {"shift": self.shift.state_dict()}
+        return self.model.reference_state(), {"shift": self.shift.state_dict()}
 
     def load_state(self, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
-        self.initial = [tensors[f"initial/{index}"].to(self.context.device) for index in range(len(self.initial))]
+        self.model.load_reference_state(tensors)
         self.shift.load_state_dict(meta["shift"])
 
     @property
     def _seed(self) -> int:
         return self.context.recipe.run.seed
 
-    @torch.no_grad()
-    def _reference(self, batch: Batch) -> torch.Tensor:
-        policy = self.context.policy
-        with swapped(policy.parameters, self.initial):
-            return policy.response_logprobs(batch, temperature=self.temperature).logprobs
+    def _add_reference(self, pairs: list[Pair]) -> None:
+        """The reference's log-probs of both sides of each pair."""
+        with self.model.reference():
+            logprobs = self.response_logprobs(pairs, temperature=self.temperature)
+        for pair, (chosen, rejected) in zip(pairs, logprobs, strict=True):
+            pair.ref_logprobs = (chosen, rejected)
 
-    def _sampled(self, judge: Judge, step: int, metrics: Metrics) -> Pairs | None:
-        assert self.config.sampling is not None
-        experience = collect(self.context, judge, self.dataset, self.config.sampling, stage=self.name, step=step)
-        metrics.update(reward_metrics(experience, judge.weights, self.config.sampling.max_new_tokens))
-        totals = (experience.rewards_NR.nan_to_num() * judge.weights).sum(1)
-        pairs = pairs_by_gap(
-            totals, experience.group_size, min_gap=self.config.min_reward_gap, max_pairs=self.config.max_pairs
-        )
-        metrics["pairs"] = len(pairs)
-        if not pairs:
-            return None
-        order = [chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]
-        batch = self.context.reader.batch([experience.sequence(i) for i in order], self.context.device)
-        return Pairs(batch, self._reference(batch))
-
-    def _ready(self, step: int) -> Pairs:
-        indices = draw(len(self.dataset), self.config.pairs, seed=self._seed, step=step)
-        logprobs = [self._ready_logprobs[index] for index in indices]
-        return Pairs(self._ready_batch(indices), torch.cat([c for c, _ in logprobs] + [r for _, r in logprobs]))
-
-    def _ready_batch(self, indices: list[int]) -> Batch:
+    def _pairs(self, indices: list[int]) -> list[Pair]:
+        """Ready pairs of these records."""
         records = [self.dataset[index] for index in indices]
         prompts = self.context.reader.prompts(self.dataset, records)
-        sequences = []
-        for side in ("chosen", "rejected"):
-            for prompt, record in zip(prompts, records, strict=True):
+        pairs = []
+        for prompt, record in zip(prompts, records, strict=True):
+            sides: list[Sequence] = []
+            for side in ("chosen", "rejected"):
                 text = getattr(record, side)
                 if text is None:
                     raise ValueError(f"{record.where}, field {side!r}: mpo on ready pairs needs it, got none")
-                sequences.append(Sequence(prompt.ids, self.context.reader.encoder.response(text), prompt.image_keys))
-        return self.context.reader.batch(sequences, self.context.device)
+                sides.append(Sequence(prompt.ids, self.context.reader.encoder.response(text), prompt.image_keys))
+            pairs.append(Pair(sides[0], sides[1]))
+        return pairs
+
+
+def _sides(pairs: list[Pair]) -> list[Sequence]:
+    """All chosen sequences, then all rejected ones, as ops.mpo_loss takes them."""
+    return [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+
+
+def _packed(logprobs: list) -> torch.Tensor:
+    return torch.cat([chosen for chosen, _ in logprobs] + [rejected for _, rejected in logprobs])

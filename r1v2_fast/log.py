@@ -13,11 +13,15 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from r1v2_fast.loggers import Logger
+
 
 class Log:
     """Appends to the run's files; a resumed stage drops the lines behind its checkpoint first."""
 
     def __init__(self, folder: Path, console: Console | None = None):
+        self.loggers: list[Logger] = []  # further places for the metrics
+        self.first_step: dict[str, int] = {}  # of each stage on the axis of all stages, for the loggers
         self.metrics_path = folder / "metrics.jsonl"
         self.samples_path = folder / "samples.jsonl"
         self.console = console or Console(highlight=False)
@@ -52,6 +56,7 @@ class Log:
         """Write one step's metrics; device tensors are read here, once."""
         values = {name: _number(value) for name, value in metrics.items()}
         self._append(self.metrics_path, {"stage": stage, "step": step, "time": time.time(), **values})
+        self._pass_on(stage, step + 1, values)  # loggers count steps done, as an evaluation does
         if self._progress is not None:
             shown = " ".join(
                 f"{name} {values[name]:.3f}" for name in ("loss", "reward", "mean_token_accuracy") if name in values
@@ -61,37 +66,56 @@ class Log:
 
     def evaluation(self, stage: str, step: int, metrics: dict[str, float]) -> None:
         self._append(self.metrics_path, {"stage": stage, "step": step, "time": time.time(), **metrics})
+        self._pass_on(stage, step, metrics)
 
     def sample(self, **fields: Any) -> None:
         self._append(self.samples_path, fields)
 
-    def rewind(self, stage: str, done: int, later: Sequence[str]) -> None:
-        """Drop what was written behind the first `done` steps of `stage`, and in `later` stages: it comes again.
+    def close(self) -> None:
+        self.stop()
+        for logger in self.loggers:
+            logger.close()
 
-        An evaluation's step counts the steps done before it, a training line's is its own index.
+    def _pass_on(self, stage: str, step: int, metrics: dict[str, float]) -> None:
+        for logger in self.loggers:
+            logger.log(metrics, self.first_step.get(stage, 0) + step)
+
+    def rewind(self, stage: str, done: int, later: Sequence[str], *, steps: int) -> None:
+        """Drop what was written behind the first `done` of the `steps` of `stage`, and in `later` stages: it comes again.
+
+        An evaluation's step counts the steps done before it, a training line's is its own index. The evaluation after
+        the last step follows the last checkpoint.
         """
 
         def keep(line: dict) -> bool:
             evaluated = "set" in line or any(name.startswith("eval/") for name in line)
-            before = line["step"] <= done if evaluated else line["step"] < done
+            before = line["step"] <= min(done, steps - 1) if evaluated else line["step"] < done
             return line["stage"] not in later and (line["stage"] != stage or before)
 
-        for path in (self.metrics_path, self.samples_path):
-            self._keep(path, keep)
+        self._keep(keep)
 
-    @staticmethod
-    def _keep(path: Path, keep: Callable[[dict], bool]) -> None:
-        if not path.is_file():
-            return
-        kept = [line for line in read(path) if keep(line)]
-        temporary = path.with_suffix(".partial")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        temporary.replace(path)
+    def evaluated(self, stage: str) -> bool:
+        """Whether an evaluation of `stage` stands; one that a kill cut short is dropped."""
+        if self.metrics_path.is_file() and any(line["stage"] == stage for line in read(self.metrics_path)):
+            return True
+        self._keep(lambda line: line["stage"] != stage)
+        return False
+
+    def _keep(self, keep: Callable[[dict], bool]) -> None:
+        for path in (self.metrics_path, self.samples_path):
+            if path.is_file():
+                kept = [line for line in read(path) if keep(line)]
+                temporary = path.with_suffix(".partial")
+                temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+                temporary.replace(path)
 
     @staticmethod
     def _append(path: Path, line: dict) -> None:
-        with path.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps({k: None if _is_nan(v) else v for k, v in line.items()}) + "\n")
+        try:
+            with path.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps({k: None if _is_nan(v) else v for k, v in line.items()}) + "\n")
+        except OSError as error:
+            raise RuntimeError(f"cannot write {path}: {error}; make room and resume from the last checkpoint") from error
 
 
 def read(path: Path) -> list[dict]:

@@ -1,0 +1,95 @@
+"""Tables of the SSB study: differences are paired by seed, mean and standard error of the mean."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+
+from rich.console import Console
+from rich.table import Table
+
+GROUP_SIZE = 8  # of recipes/digits-ssb.yaml
+
+
+def show(lines: list[dict], console: Console) -> None:
+    runs = {(line["arm"], line["prompts"], line["seed"]): line for line in lines}
+    console.print(_mechanism(lines))
+    console.print(_effect(runs))
+
+
+def at_updates(curve: list[list[float]], updates: float) -> float:
+    """Accuracy after so many optimizer steps, between evaluations on a straight line."""
+    for (_, u0, a0), (_, u1, a1) in itertools.pairwise(curve):
+        if u0 <= updates <= u1:
+            return a1 if u1 == u0 else a0 + (a1 - a0) * (updates - u0) / (u1 - u0)
+    return curve[-1][2]
+
+
+def rollouts_to(curve: list[list[float]], accuracy: float, prompts: int) -> float:
+    """Responses sampled until an evaluation first reaches `accuracy`; nan if none does."""
+    return next((step * prompts * GROUP_SIZE for step, _, a in curve if a >= accuracy), math.nan)
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    if len(values) < 2:
+        return (values[0] if values else math.nan), math.nan
+    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
+
+
+def compared(runs: dict, arm: str, prompts: int) -> dict[str, list[float]]:
+    """Of the seeds that both `arm` and plain have: accuracies and what they differ by."""
+    found: dict[str, list[float]] = {k: [] for k in ("plain", "arm", "rollouts", "updates", "plain_to", "arm_to")}
+    for (name, p, seed), run in sorted(runs.items()):
+        if (name, p) != (arm, prompts) or ("plain", prompts, seed) not in runs:
+            continue
+        plain = runs["plain", prompts, seed]
+        both = min(plain["updates"], run["updates"])
+        found["plain"].append(plain["final"])
+        found["arm"].append(run["final"])
+        found["rollouts"].append(run["final"] - plain["final"])
+        found["updates"].append(at_updates(run["curve"], both) - at_updates(plain["curve"], both))
+        wanted = 0.95 * plain["final"]
+        found["plain_to"].append(rollouts_to(plain["curve"], wanted, prompts))
+        found["arm_to"].append(rollouts_to(run["curve"], wanted, prompts))
+    return found
+
+
+def _effect(runs: dict) -> Table:
+    table = Table("arm", "prompts", "seeds", "plain", "arm", "at equal rollouts", "at equal updates",
+                  "rollouts to 95 %: plain, arm",
+                  title="accuracy at low contrast; the difference to plain, paired by seed")  # fmt: skip
+    for arm, prompts in sorted({(a, p) for a, p, _ in runs if a != "plain"}, key=lambda k: (k[0] != "buffer", *k)):
+        found = compared(runs, arm, prompts)
+        reached = [a for a in found["arm_to"] if not math.isnan(a)]
+        to = f"{statistics.fmean(found['plain_to']):,.0f}, {statistics.fmean(reached) if reached else math.nan:,.0f}"
+        if len(reached) < len(found["arm_to"]):
+            to += f" ({len(found['arm_to']) - len(reached)} never)"
+        table.add_row(
+            arm, str(prompts), str(len(found["arm"])), _percent(found["plain"]), _percent(found["arm"]),
+            _points(found["rollouts"]), _points(found["updates"]), to,
+        )  # fmt: skip
+    return table
+
+
+def _mechanism(lines: list[dict]) -> Table:
+    table = Table("arm", "prompts", "share without", "share with", "staleness", "replayed tokens", "steps that differ",
+                  title="the buffer's own numbers, mean over steps and seeds, and the simulation's")  # fmt: skip
+    for arm, prompts in sorted({(line["arm"], line["prompts"]) for line in lines if line["mechanism"]}):
+        own = [ln["mechanism"] for ln in lines if (ln["arm"], ln["prompts"]) == (arm, prompts) and ln["mechanism"]]
+        table.add_row(
+            arm, str(prompts), *(f"{statistics.fmean(m[k] for m in own):.2f}" for k in ("share_without", "share", "staleness")),
+            f"{statistics.fmean(m['replayed_tokens'] for m in own):,.0f}",
+            f"{sum(m['differing'] for m in own)} of {sum(m['steps'] for m in own)}",
+        )  # fmt: skip
+    return table
+
+
+def _percent(values: list[float]) -> str:
+    mean, error = mean_and_error(values)
+    return f"{100 * mean:.1f} ± {100 * error:.1f} %"
+
+
+def _points(values: list[float]) -> str:
+    mean, error = mean_and_error(values)
+    return f"{100 * mean:+.1f} ± {100 * error:.1f}"

@@ -1,0 +1,54 @@
+"""Files and folders that are written whole or not at all, whenever the process or the machine dies."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+
+def write_text(path: Path, text: str) -> None:
+    partial = _beside(path, "partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def write_folder(path: Path, write: Callable[[Path], None]) -> None:
+    """`write` into a folder beside `path` that takes its name once all of it is on the disk; a failure leaves nothing."""
+    partial, old = _beside(path, "partial"), _beside(path, "old")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        write(partial)
+        for file in (*partial.rglob("*"), partial):
+            _sync(file)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    recover(path)
+    if path.is_dir():  # folders cannot be exchanged in one call
+        os.replace(path, old)
+    os.replace(partial, path)
+    _sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(path: Path) -> None:
+    """Undo a replacement that was killed between its two renames."""
+    old = _beside(path, "old")
+    if old.is_dir() and not path.is_dir():
+        os.replace(old, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _beside(path: Path, what: str) -> Path:
+    return path.with_name(f"{path.name}.{what}")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

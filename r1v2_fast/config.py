@@ -1,0 +1,361 @@
+"""A run's configuration: one YAML file plus dotted overrides. An unknown key is an error that names the closest one."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Part = Literal["adapter", "llm", "vision"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+class Optimizer(Section):
+    """AdamW with linear warm-up, then a schedule."""
+
+    lr: float = Field(1e-3, gt=0)
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(0, ge=0)
+    decay: Literal["none", "linear", "cosine"] = "none"
+    min_lr_ratio: float = Field(0.0, ge=0, le=1)
+    """Share of the peak at which a decay ends."""
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    """Global gradient norm above which gradients are scaled down; null never scales."""
+
+
+class LoRA(Section):
+    """Low-rank adapters on one part's linear layers, through peft; merged into the weights when the stage ends."""
+
+    rank: int = Field(16, gt=0)
+    alpha: float = Field(32.0, gt=0)
+    """The update is alpha / rank x B A."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: list[str] | Literal["all-linear"] = "all-linear"
+    """Names of linear layers, such as q_proj."""
+
+
+class Stage(Section):
+    steps: int = Field(gt=0)
+    """Batches; a step is one optimizer step unless updates_per_rollout or mini_batches say more."""
+    data: str
+    """File of records below data.folder, .jsonl or .parquet."""
+    train: list[Part] = ["adapter"]
+    """Parts that train in full; R1V2's policy stages train the adapter alone."""
+    lora: dict[Part, LoRA] = {}
+    """Parts that train through LoRA."""
+    optimizer: Optimizer = Optimizer()
+    micro_batch_tokens: int | None = Field(None, gt=0)
+    """Padded tokens of one forward and backward; gradients accumulate to the whole mini-batch's. None: all at once."""
+    gradient_checkpointing: bool = False
+    """Recompute each layer's activations in the backward: less memory, one more forward."""
+
+    @model_validator(mode="after")
+    def _a_part_trains_one_way(self):
+        if both := set(self.train) & set(self.lora):
+            raise ValueError(f"train and lora must not name the same part, got {sorted(both)} in both")
+        return self
+
+
+class Align(Stage):
+    batch_size: int = Field(64, gt=0)
+    """Sequences a step."""
+
+
+class Sampling(Section):
+    prompts: int = Field(32, gt=0)
+    """Prompts a step."""
+    group_size: int = Field(8, gt=1)
+    """Responses a prompt, G."""
+    temperature: float = Field(1.0, gt=0)
+    max_new_tokens: int = Field(12, gt=0)
+
+
+class DynamicSampling(Section):
+    """DAPO (2503.14476): further prompts are sampled until the batch's groups are all informative."""
+
+    max_rounds: int = Field(4, gt=1)
+    """Rollouts a step at most, each of sampling.prompts."""
+
+
+class RewardTerm(Section):
+    """One reward component; components are logged apart and summed with their weights."""
+
+    name: str
+    function: str
+    """exact_match, math_answer, think_format, path.py:name, or reward_model."""
+    weight: float = 1.0
+    squash: Literal["none", "sigmoid"] = "none"
+    """An unbounded score drowns the rules: sigmoid brings it to (0, 1)."""
+    time_limit: float | None = Field(120.0, gt=0)
+    """Seconds for one call on a step's completions; null waits for ever."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """A NaN or infinite reward stops the run and names its sample, or leaves the sample unscored."""
+
+
+class Reward(Stage):
+    """Bradley-Terry reward model on pairs sampled from the aligned policy."""
+
+    train: list[Part] = ["adapter", "llm"]
+    sampling: Sampling = Sampling()
+    rewards: list[RewardTerm]
+    """What decides the preferred response of a pair: the sum of these rule rewards."""
+    max_pairs: int = Field(4, gt=0)
+    """Pairs of one prompt, at most."""
+
+
+class MPO(Stage):
+    """Mixed preference optimization: sample, score, pair by reward gap, train; or train on ready pairs."""
+
+    sampling: Sampling | None = Sampling(prompts=64, group_size=4)
+    """None trains on the data's own chosen and rejected responses."""
+    rewards: list[RewardTerm] = []
+    min_reward_gap: float = Field(0.5, ge=0)
+    """A pair needs a chosen reward this much above the rejected one's: R1V2's threshold."""
+    max_pairs: int = Field(4, gt=0)
+    pairs: int = Field(64, gt=0)
+    """Ready pairs a step; without meaning when sampling."""
+    beta: float = Field(0.1, gt=0)
+    weights: tuple[float, float, float] = (0.8, 0.2, 1.0)
+    """Preference (DPO), quality (BCO), generation (SFT)."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    generation: Literal["sequence", "token"] = "sequence"
+
+    @model_validator(mode="after")
+    def _sampled_pairs_need_rewards(self):
+        if self.sampling is not None and not self.rewards:
+            raise ValueError("mpo.rewards must name at least one reward while mpo.sampling is set")
+        return self
+
+
+class Buffer(Section):
+    """Selective Sample Buffer: informative groups kept and drawn again by |advantage| to fill the batch."""
+
+    capacity: int = Field(512, gt=0)
+    """Groups or samples held."""
+    granularity: Literal["group", "sample"] = "group"
+    alpha: float = Field(1.0, ge=0)
+    """Priority exponent: a unit is drawn in proportion to |advantage|^alpha."""
+    max_staleness: int | None = Field(None, gt=0)
+    """Steps after which a unit is no longer drawn."""
+    share: float = Field(1.0, gt=0, le=1)
+    """Share of the batch that replayed units fill up to."""
+    deficit: Literal["units", "signal"] = "units"
+    """What is missing from the batch: informative units, or sum of |advantage| in terms of the buffer's mean unit."""
+    ratio: Literal["decoupled", "stored"] = "decoupled"
+    """Replayed samples: min(exp(old - behaviour), behaviour_cap) times a ratio to the policy before the update; or, as
+    in PPO, the clipped ratio to the stored behaviour log-probs alone."""
+
+
+class GRPO(Stage):
+    sampling: Sampling = Sampling()
+    dynamic_sampling: DynamicSampling | None = None
+    overlong_cache: int | None = Field(None, gt=0)
+    """DAPO's soft over-length penalty, a reward component named overlong: 0 up to max_new_tokens less this many tokens,
+    then linearly down to -1."""
+    mask_truncated: bool = False
+    """Responses that ran out of length leave no gradient; their rewards still count in their groups."""
+    updates_per_rollout: int = Field(1, gt=0)
+    """Passes over a step's samples."""
+    mini_batches: int = Field(1, gt=0)
+    """Optimizer steps a pass; the samples are dealt out so that each gets an equal share."""
+    rewards: list[RewardTerm]
+    informative_from: str
+    """The reward component that decides whether a group is informative."""
+    zero_uninformative: bool = True
+    """Groups with equal deciding rewards get advantage 0 even if another component differs."""
+    aggregate: Literal["sum", "gdpo"] = "sum"
+    kind: Literal["grpo", "dr_grpo", "dapo"] = "grpo"
+    average_over: Literal["kept", "all"] = "kept"
+    """Responses without an advantage leave no gradient: kept averages over the others alone, so that the step does not
+    shrink with them; all counts them too, as TRL and verl do, and runs them through the model for it."""
+    clip_low: float = Field(0.2, ge=0)
+    clip_high: float = Field(0.2, ge=0)
+    kl_coef: float = Field(0.0, ge=0)
+    """Weight of the k3 KL to the policy at the start of the stage; 0 needs no reference log-probs."""
+    behaviour_cap: float = Field(2.0, gt=0)
+    """Cap of the importance weight of replayed samples."""
+    buffer: Buffer | None = Buffer()
+    """None switches the Selective Sample Buffer off."""
+
+    @model_validator(mode="after")
+    def _informative_names_a_reward(self):
+        names = [term.name for term in self.rewards]
+        if len(set(names)) != len(names):
+            raise ValueError(f"grpo.rewards must have distinct names, got {names}")
+        if self.informative_from not in names:
+            raise ValueError(f"grpo.informative_from must be one of {names}, got {self.informative_from!r}")
+        return self
+
+
+class Model(Section):
+    preset: str | None = None
+    """A preset to initialise: digits."""
+    path: str | None = None
+    """Or a local InternVL-family folder in Hugging Face format."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the frozen weights, the matmuls and the stages' products; what trains is held in fp32 (mixed precision)."""
+
+    @model_validator(mode="after")
+    def _one_source(self):
+        if (self.preset is None) == (self.path is None):
+            raise ValueError(f"give one of model.preset and model.path, got {self.preset!r} and {self.path!r}")
+        return self
+
+
+class Data(Section):
+    folder: str
+    """Folder of the records; relative to the run folder when `make` writes it, else to where the run starts."""
+    make: Literal["digits"] | None = None
+    """Write this dataset into the folder first."""
+    sizes: dict[str, int] = {}
+    """Records a file, for `make`."""
+    root: str | None = None
+    """Folder that image paths are relative to; default: the record file's folder."""
+    allow_outside: bool = False
+    """True lets image paths leave the root."""
+    max_tiles: int = Field(12, gt=0)
+
+
+class Evaluation(Section):
+    sets: dict[str, str]
+    """Name -> file of held-out records."""
+    every: int = Field(50, gt=0)
+    """Steps between evaluations while a policy stage trains; it is also evaluated before and after every stage."""
+    records: int | None = Field(None, gt=0)
+    """Records of each set used while a stage trains; before and after it all are."""
+    batch_size: int = Field(250, gt=0)
+    max_new_tokens: int = Field(12, gt=0)
+    score: str = "exact_match"
+    """The rule that counts an answer as right."""
+
+
+class Checkpoint(Section):
+    every: int = Field(50, gt=0)
+    """Steps between checkpoints."""
+    keep: int = Field(2, gt=0)
+    """Newest checkpoints kept."""
+    best: str | None = None
+    """An evaluation's metric, such as eval/clean/accuracy: the policy with the best one is kept in best/."""
+    best_is: Literal["highest", "lowest"] = "highest"
+
+
+class Run(Section):
+    name: str
+    folder: str
+    """Where everything of the run goes."""
+    seed: int = Field(0, ge=0)
+    device: str = "auto"
+    """cpu, cuda, cuda:1; auto takes a GPU where there is one."""
+    threads: int | None = Field(None, gt=0)
+    """CPU threads; None leaves PyTorch's choice."""
+    stages: list[Literal["align", "reward", "mpo", "grpo"]] = Field(min_length=1)
+    loggers: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    """Beside metrics.jsonl; each is an extra of its own."""
+
+
+class Recipe(Section):
+    run: Run
+    model: Model
+    data: Data
+    align: Align | None = None
+    reward: Reward | None = None
+    mpo: MPO | None = None
+    grpo: GRPO | None = None
+    evaluation: Evaluation
+    checkpoint: Checkpoint = Checkpoint()
+    samples_every: int = Field(10, gt=0)
+    """Steps between sample dumps."""
+
+    @model_validator(mode="after")
+    def _stages_are_configured(self):
+        for stage in self.run.stages:
+            if getattr(self, stage) is None:
+                raise ValueError(f"run.stages names {stage!r}, but the recipe has no section {stage!r}")
+        if len(set(self.run.stages)) != len(self.run.stages):
+            raise ValueError(f"run.stages must not repeat a stage, got {self.run.stages}")
+        return self
+
+
+def load(recipe: str, overrides: list[str]) -> Recipe:
+    """The recipe (a name or a path) with `a.b=c` overrides applied; raises ValueError with what to write instead."""
+    path = find(recipe)
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a mapping of sections, got {type(values).__name__}")
+    for override in overrides:
+        _override(values, override)
+    return resolve(values, source=str(path))
+
+
+def resolve(values: dict[str, Any], *, source: str) -> Recipe:
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise ValueError("\n".join(f"{source}: {_explain(problem)}" for problem in error.errors())) from error
+
+
+def find(recipe: str) -> Path:
+    """A path as it is; a name below `recipes/` of the package."""
+    if Path(recipe).is_file():
+        return Path(recipe)
+    shipped = Path(__file__).parent / "recipes"
+    named = shipped / f"{recipe}.yaml"
+    if named.is_file():
+        return named
+    names = sorted(path.stem for path in shipped.glob("*.yaml"))
+    raise ValueError(f"no recipe file or name {recipe!r}{_closest(recipe, names)}; shipped: {', '.join(names)}")
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ValueError(f"an override must look like section.key=value, got {override!r}")
+    *sections, last = key.split(".")
+    node = values
+    for section in sections:
+        if node.get(section) is None:
+            node[section] = {}
+        node = node[section]
+        if not isinstance(node, dict):
+            raise ValueError(f"override {override!r}: {section!r} is not a section")
+    node[last] = yaml.safe_load(text)
+
+
+def _explain(problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {key!r}{_closest(str(problem['loc'][-1]), _fields_at(problem['loc'][:-1]))}"
+    got = f", got {problem['input']!r}" if problem["loc"] and problem["type"] != "missing" else ""
+    return f"{key or 'recipe'}: {problem['msg']}{got}"
+
+
+def _fields_at(location: tuple) -> list[str]:
+    """Field names of the section at `location`, followed through optional and list types."""
+    section: Any = Recipe
+    for part in location:
+        if isinstance(part, int):
+            continue
+        section = _section_type(section.model_fields[part].annotation)
+    return list(section.model_fields)
+
+
+def _section_type(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    for inner in getattr(annotation, "__args__", ()):
+        if (found := _section_type(inner)) is not None:
+            return found
+    return None
+
+
+def _closest(word: str, known: list[str]) -> str:
+    matches = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]!r}?" if matches else ""

@@ -1,0 +1,91 @@
+"""The run folder: it belongs to one resolved recipe, and says what it was run with."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import platform
+import subprocess
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from r1v2_fast._version import __version__
+from r1v2_fast.atomic import write_text
+from r1v2_fast.config import Recipe
+
+# what may change between starts: how and where it runs, not what it computes
+FREE = (
+    "checkpoint.every", "checkpoint.keep", "run.device", "run.threads", "run.loggers", "data.root", "data.allow_outside",
+    "samples_every", "*.micro_batch_tokens", "*.gradient_checkpointing", "*.rewards.*.on_nan", "*.rewards.*.time_limit",
+)  # fmt: skip
+
+
+def claim(folder: Path, recipe: Recipe, *, resume: bool, say: Callable[[str], None]) -> None:
+    """Make the folder this recipe's, from its first measured step on.
+
+    raises  ValueError where it holds a run and resume is False, or a run of another recipe, with the keys that differ
+    """
+    path = folder / "recipe.yaml"
+    started = any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints", "stages"))
+    values = recipe.model_dump(mode="json")
+    if started and path.is_file():
+        if not resume:
+            raise ValueError(f"{folder} holds a run; add --resume to go on with it, or choose another run.folder")
+        before, now = _flat(yaml.safe_load(path.read_text())), _flat(values)
+        differing = [
+            f"{key} ({before.get(key)!r} in the run, {now.get(key)!r} now)"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key) and not any(fnmatch.fnmatch(key, free) for free in FREE)
+        ]
+        if differing:
+            raise ValueError(f"{folder} holds a run of another recipe, it differs in {', '.join(differing)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(path, yaml.safe_dump(values, sort_keys=False))
+    _note_environment(folder / "environment.json", resume and started, say)
+
+
+def _note_environment(path: Path, resumed: bool, say: Callable[[str], None]) -> None:
+    """Versions, commit and threads of the start; a resume under others may differ in the last bits, and says so."""
+    now = {
+        "version": __version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+    if resumed and path.is_file():
+        before = json.loads(path.read_text())
+        changed = [f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value]
+        if changed:
+            say(f"resumed under another environment, the last bits may differ: {', '.join(changed)}")
+    write_text(path, json.dumps(now, indent=2))
+
+
+def _commit() -> str | None:
+    """The commit of the package's own checkout; None for an installed package."""
+    here = Path(__file__).resolve().parents[2]
+    if not (here / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys to leaves; an absent section is a leaf."""
+    if isinstance(values, dict) and values:
+        items = list(values.items())
+    elif isinstance(values, list) and values and isinstance(values[0], dict):
+        items = list(enumerate(values))
+    else:
+        return {prefix: values}
+    return {key: leaf for name, value in items for key, leaf in _flat(value, f"{prefix}.{name}".lstrip(".")).items()}

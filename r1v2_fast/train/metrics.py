@@ -1,0 +1,32 @@
+"""Metrics of a step out of those of its micro-batches and optimizer steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class Mean:
+    """Weighted means by name; */min and */max are extremes, num_tokens is a sum. Device tensors are not read."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[tuple[Any, float]]] = {}
+
+    def add(self, metrics: dict[str, Any], *, weight: float = 1) -> None:
+        for name, value in metrics.items():
+            self._values.setdefault(name, []).append((value, weight))
+
+    def values(self) -> dict[str, Any]:
+        return {name: _combined(name, pairs) for name, pairs in self._values.items()}
+
+
+def _combined(name: str, pairs: list[tuple[Any, float]]) -> Any:
+    values = [value for value, _ in pairs]
+    if name == "num_tokens":
+        return sum(values)
+    if name.endswith(("/min", "/max")):
+        pick = min if name.endswith("/min") else max
+        return pick(float(value) for value in values) if len(values) > 1 else values[0]
+    if len(values) == 1:
+        return values[0]
+    total = sum(weight for _, weight in pairs)
+    return sum(value * weight for value, weight in pairs) / total

@@ -1,0 +1,71 @@
+"""AdamW under a learning-rate schedule, with gradient clipping, and loss scaling where matmuls run in fp16."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from r1v2_fast import config
+
+
+class Optimizer:
+    """Steps `parameters`, held in fp32."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], settings: config.Optimizer, *, dtype: torch.dtype):
+        self.parameters = parameters
+        self.settings = settings
+        values = list(parameters.values())
+        self.adamw = torch.optim.AdamW(
+            values, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, foreach=True
+        )
+        self.scaler = torch.amp.GradScaler(values[0].device.type, enabled=dtype == torch.float16)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of `loss` to what has come since the last step."""
+        self.scaler.scale(loss).backward()
+
+    def step(self, rate: float) -> torch.Tensor:
+        """Clip, step at `rate` and forget the gradient; returns the gradient's norm before clipping.
+
+        A gradient that is not finite changes nothing: for the caller to stop at, or in fp16 for the scale to shrink.
+        """
+        self.scaler.unscale_(self.adamw)
+        largest = math.inf if self.settings.max_grad_norm is None else self.settings.max_grad_norm
+        norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), largest)
+        for group in self.adamw.param_groups:
+            group["lr"] = rate
+        if self.scaler.is_enabled() or bool(norm.isfinite()):
+            self.scaler.step(self.adamw)
+            self.scaler.update()
+        self.adamw.zero_grad(set_to_none=True)
+        return norm
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict]:
+        """Tensors and JSON values."""
+        tensors = {
+            f"{field}/{name}": torch.as_tensor(value)
+            for name, parameter in self.parameters.items()
+            for field, value in self.adamw.state[parameter].items()
+        }
+        return tensors, self.scaler.state_dict()
+
+    def load_state(self, tensors: dict[str, torch.Tensor], meta: dict) -> None:
+        for key, tensor in tensors.items():
+            field, name = key.split("/", 1)
+            parameter = self.parameters[name]
+            self.adamw.state[parameter][field] = tensor if field == "step" else tensor.to(parameter.device)
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(meta)
+
+
+def learning_rate(settings: config.Optimizer, step: int, steps: int) -> float:
+    """Linear warm-up, then constant, linear or cosine down to min_lr_ratio: a pure function of the step."""
+    if step < settings.warmup_steps:
+        return settings.lr * (step + 1) / settings.warmup_steps
+    left = (steps - step) / max(1, steps - settings.warmup_steps)
+    share = {"none": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}[settings.decay]
+    if settings.decay != "none":
+        share = settings.min_lr_ratio + (1 - settings.min_lr_ratio) * share
+    return settings.lr * share
