@@ -2,6 +2,9 @@
 
 import io
 import json
+import re
+import struct
+import zlib
 
 import numpy as np
 import pyarrow as pa
@@ -52,6 +55,7 @@ def test_jsonl_and_parquet_give_the_same_records(tmp_path):
         ({"id": "a", "prompt": "<image>"}, r"id 'a'\), field 'images': the prompt has 1 <image> marks, got 0"),
         ({"prompt": "x", "chosen": "y"}, "field 'rejected'"),
         ({"prompt": "<image>", "images": [3]}, "expected a path or bytes, got int"),
+        ({"prompt": "<image>", "images": [""]}, "expected a path or bytes, got str ''"),
         ({"prompt": "x", "answer": ["y"]}, "field 'answer': expected a string, got list"),
     ],
 )
@@ -70,23 +74,117 @@ def test_empty_files_double_ids_and_unknown_types_are_errors(tmp_path):
         Dataset(tmp_path / "x.csv")
 
 
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b'{"prompt": "x"}\n\n{"prompt": "\xff"}')
+    with pytest.raises(ValueError, match="x.jsonl line 3: not UTF-8: .* byte 0xff"):
+        Dataset(tmp_path / "x.jsonl")
+    parquet.write_table(pa.table({"prompt": ["x"] * 100}), tmp_path / "x.parquet")
+    whole = (tmp_path / "x.parquet").read_bytes()
+    for broken in (whole[:-20], b"", whole[:4] + b"\0" * 40 + whole[44:]):
+        (tmp_path / "x.parquet").write_bytes(broken)
+        with pytest.raises(ValueError, match="x.parquet: not a readable parquet file"):
+            Dataset(tmp_path / "x.parquet")
+
+
+def bomb(width, height) -> bytes:
+    """A PNG of a hundred bytes that says it is larger."""
+
+    def chunk(kind, content):
+        checksum = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
+    )
+
+
+def icon(picture: bytes) -> bytes:
+    """An icon file that says its picture is 16 x 16."""
+    return struct.pack("<HHHBBBBHHII", 0, 1, 1, 16, 16, 0, 0, 1, 32, len(picture), 22) + picture
+
+
 @pytest.mark.parametrize(
-    ("source", "message"),
+    ("name", "content", "message"),
     [
-        ("../secret.png", "leaves the data root"),
-        ("none.png", "no such file"),
-        (png()[:48], "cannot read"),
-        (b"text", "cannot read"),
+        ("none.png", None, "no such file"),
+        ("../secret.png", None, "leaves the data root"),
+        ("link.png", None, "leaves the data root"),
+        ("loop.png", None, "[Ll]oop|no such file"),
+        ("folder", None, "it is a folder"),
+        ("nul\0.png", None, "null|no such file"),
+        ("empty.png", b"", "the file is empty"),
+        ("text.png", b"text", "it is no image"),
+        ("header.png", png()[:20], "[Tt]runcated"),
+        ("cut.png", png((64, 64))[:50], "[Tt]runcated"),
+        ("warned.png", bomb(10_000, 10_000), "100000000 pixels"),  # between once and twice Pillow's limit
+        ("huge.png", bomb(60_000, 60_000), "3600000000 pixels"),
+        ("icon.ico", icon(bomb(10_000, 10_000)), "100000000 pixels"),
     ],
 )
-def test_a_bad_image_is_named(tmp_path, source, message):
-    with pytest.raises(ValueError, match=f"here, field 'images'.*{message}"):
-        open_image(source, root=tmp_path, where="here")
+def test_a_bad_image_is_one_error_with_its_file_record_and_field(tmp_path, recwarn, name, content, message):
+    root = tmp_path / "root"
+    (root / "folder").mkdir(parents=True)
+    (tmp_path / "secret.png").write_bytes(png())
+    (root / "link.png").symlink_to(tmp_path / "secret.png")
+    (root / "loop.png").symlink_to("loop.png")
+    if content is not None:
+        (root / name).write_bytes(content)
+    dataset = Dataset(write(root, {"id": "a", "prompt": "<image>", "images": [name]}))
+    with pytest.raises(ValueError) as raised:
+        dataset.image(dataset.image_keys(dataset[0])[0])
+    start = f"{root}/x.jsonl line 1 (id 'a'), field 'images': cannot read {name!r}: "
+    assert str(raised.value).startswith(start) and re.search(message, str(raised.value)[len(start) :])
+    assert not recwarn.list
 
 
-def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path):
+def test_an_image_cut_anywhere_gives_its_pixels_or_the_error(tmp_path):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8))
+    for kind in ("PNG", "JPEG", "GIF", "BMP", "PPM"):
+        stream = io.BytesIO()
+        noise.save(stream, kind)
+        whole, refused = open_image(stream.getvalue(), root=tmp_path), 0
+        for length in range(0, len(stream.getvalue()), 7):
+            try:
+                assert open_image(stream.getvalue()[:length], root=tmp_path, where="here") == whole, (kind, length)
+            except ValueError as error:
+                assert str(error).startswith("here, field 'images': cannot read"), (kind, length)
+                refused += 1
+        assert refused > 10, kind
+
+
+def test_a_picture_over_the_limit_is_refused_before_it_is_decoded(tmp_path):
     with pytest.raises(ValueError, match="has 400 pixels, at most 399"):
         open_image(png((20, 20)), root=tmp_path, where="here", max_pixels=399)
+
+
+def saved(picture, kind, **options) -> bytes:
+    stream = io.BytesIO()
+    picture.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+def test_an_animation_is_its_first_frame(tmp_path, kind):
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    animation = saved(frames[0], kind, save_all=True, append_images=frames[1:])
+    assert Image.open(io.BytesIO(animation)).n_frames == 2
+    red, green, blue = open_image(animation, root=tmp_path).getpixel((4, 4))
+    assert red > 250 and green < 5 and blue < 5
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("P", "PNG"), ("CMYK", "TIFF"), ("CMYK", "JPEG"), ("RGBA", "PNG")])
+def test_palettes_inks_and_alpha_become_rgb(tmp_path, mode, kind):
+    picture = open_image(saved(Image.new("RGB", (8, 8), (255, 0, 0)).convert(mode), kind), root=tmp_path)
+    assert picture.mode == "RGB" and np.abs(np.subtract(picture.getpixel((4, 4)), (255, 0, 0))).max() < 5
+
+
+def test_sixteen_bit_grey_keeps_its_shades(tmp_path):
+    grey = np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32)
+    portable = b"P5 32 32 65535\n" + grey.astype(">u2").tobytes()
+    for content in (saved(Image.fromarray(grey), "PNG"), saved(Image.fromarray(grey), "TIFF"), portable):
+        shades = np.asarray(open_image(content, root=tmp_path))
+        assert (shades == (grey >> 8)[..., None]).all()
 
 
 def test_a_symlink_out_of_the_root_is_refused(tmp_path):

@@ -93,15 +93,19 @@ class PromptEncoder:
 
 
 def messages(prompt: str | list[dict]) -> list[dict]:
-    """A string prompt is one user message; `<image>` marks in any string content become image parts."""
+    """A string prompt is one user message; `<image>` marks in any text become image parts."""
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    return [{**m, "content": _parts(m["content"]) if isinstance(m["content"], str) else m["content"]} for m in prompt]
+    return [{**message, "content": _content(message["content"])} for message in prompt]
 
 
-def _parts(text: str) -> str | list[dict]:
-    if MARK not in text:
-        return text
+def _content(content: str | list[dict]) -> str | list[dict]:
+    if isinstance(content, str):
+        return _parts(content) if MARK in content else content
+    return [piece for part in content for piece in (_parts(part["text"]) if part["type"] == "text" else [part])]
+
+
+def _parts(text: str) -> list[dict]:
     first, *rest = text.split(MARK)
     parts: list[dict] = [{"type": "text", "text": first}] if first else []
     for piece in rest:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
@@ -16,27 +18,41 @@ MAX_PIXELS = 89_478_485  # Pillow's own limit; beyond it a small file is a decom
 def open_image(
     source: str | bytes, *, root: Path, allow_outside: bool = False, where: str = "", max_pixels: int = MAX_PIXELS
 ) -> Image.Image:
-    """A path below `root`, or bytes, as an RGB picture.
+    """A path below `root`, or bytes, as an RGB picture; the first frame of an animation.
 
     raises  ValueError that starts with `where`: missing, outside the root, not an image, truncated, too many pixels
     """
-    stream: Path | io.BytesIO
-    if isinstance(source, bytes):
-        stream, name = io.BytesIO(source), f"{len(source)} bytes"
-    else:
-        stream = (root / source).resolve()
-        name = str(source)
-        if not allow_outside and not stream.is_relative_to(root.resolve()):
-            raise ValueError(f"{where}, field 'images': {name!r} leaves the data root {root}; allow_outside lets it")
-        if not stream.is_file():
-            raise ValueError(f"{where}, field 'images': no such file {name!r} below {root}")
+    name = f"{len(source)} bytes" if isinstance(source, bytes) else repr(source)
     try:
-        with Image.open(stream) as picture:
-            if (pixels := picture.width * picture.height) > max_pixels:
-                raise ValueError(f"{where}, field 'images': {name!r} has {pixels} pixels, at most {max_pixels} allowed")
-            return picture.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{where}, field 'images': cannot read {name!r}: {error}") from error
+        stream = io.BytesIO(source) if isinstance(source, bytes) else _path(source, root, allow_outside)
+        with warnings.catch_warnings():
+            # between once and twice its limit Pillow only warns, even of a picture inside an icon that says less
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(stream) as picture:
+                if (pixels := picture.width * picture.height) > max_pixels:
+                    raise ValueError(f"it has {pixels} pixels, at most {max_pixels} allowed")
+                return _rgb(picture)
+    except UnidentifiedImageError as error:  # its own text shows the stream's address
+        raise ValueError(f"{where}, field 'images': cannot read {name}: it is no image, or one cut short") from error
+    except Exception as error:  # decoders raise what their parsers meet: OSError, SyntaxError, struct.error
+        raise ValueError(f"{where}, field 'images': cannot read {name}: {error}") from error
+
+
+def _path(source: str, root: Path, allow_outside: bool) -> Path:
+    path = (root / source).resolve()
+    if not allow_outside and not path.is_relative_to(root.resolve()):
+        raise ValueError(f"it leaves the data root {root}; allow_outside lets it")
+    if not path.is_file():
+        raise ValueError(f"it is a folder below {root}" if path.is_dir() else f"no such file below {root}")
+    if path.stat().st_size == 0:
+        raise ValueError("the file is empty")
+    return path
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255 and so turn white
+        picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
+    return picture.convert("RGB")
 
 
 class ImageStore:

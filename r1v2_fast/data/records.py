@@ -1,5 +1,6 @@
 """Records: jsonl or parquet, one prompt a line, with its images, its answer and any further columns.
 
+TRL's, verl's and MMPR's layouts are read too (`layouts.py`).
 Errors name the file, the record and the field, with what was expected and what was found.
 """
 
@@ -9,14 +10,15 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from r1v2_fast.data.images import open_image
+from r1v2_fast.data.layouts import MARK, canonical, marks_of
 
-MARK = "<image>"
 FIELDS = ("id", "prompt", "images", "answer", "chosen", "rejected")
 
 
@@ -75,6 +77,8 @@ class Dataset:
         return open_image(source, root=self.root, allow_outside=self.allow_outside, where=record.where)
 
     def _record(self, row: dict, index: int, where: str) -> Record:
+        row = canonical(row, where)
+
         def text(name: str, default: str | None = None) -> str | None:
             value = row.get(name)
             if value is None:
@@ -89,9 +93,11 @@ class Dataset:
         where = f"{where} (id {identity!r})"
         prompt = _prompt(row, where)
         images = _images(row, where)
-        marks = prompt.count(MARK) if isinstance(prompt, str) else _image_parts(prompt)
-        if marks != len(images):
-            raise ValueError(f"{where}, field 'images': the prompt has {marks} {MARK} marks, got {len(images)} images")
+        if (marks := marks_of(prompt)) != len(images):
+            hint = f"; put {MARK} where a picture belongs" if marks < len(images) else ""
+            raise ValueError(
+                f"{where}, field 'images': the prompt has {marks} {MARK} marks, got {len(images)} images{hint}"
+            )
         chosen, rejected = text("chosen"), text("rejected")
         if (chosen is None) != (rejected is None):
             missing = "rejected" if rejected is None else "chosen"
@@ -124,18 +130,25 @@ def _rows(path: Path) -> Iterator[tuple[dict, str]]:
     if not path.is_file():
         raise ValueError(f"no such data file: {path}")
     if path.suffix == ".parquet":
+        import pyarrow as pa
         import pyarrow.parquet as parquet
 
-        for index, row in enumerate(parquet.read_table(path).to_pylist()):
+        try:
+            rows = parquet.read_table(path).to_pylist()
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{path}: not a readable parquet file: {error}") from error
+        for index, row in enumerate(rows):
             yield row, f"{path} row {index}"
     elif path.suffix == ".jsonl":
-        with path.open(encoding="utf-8") as lines:
+        with path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
                 where = f"{path} line {number}"
                 try:
-                    row = json.loads(line)
+                    row = json.loads(line.decode())
+                except UnicodeDecodeError as error:
+                    raise ValueError(f"{where}: not UTF-8: {error}") from error
                 except json.JSONDecodeError as error:
                     raise ValueError(f"{where}: not JSON: {error}") from error
                 if not isinstance(row, dict):
@@ -147,28 +160,10 @@ def _rows(path: Path) -> Iterator[tuple[dict, str]]:
 
 def _prompt(row: dict, where: str) -> str | list[dict]:
     prompt = row.get("prompt")
-    if isinstance(prompt, str) and prompt:
-        return prompt
-    if (
-        isinstance(prompt, list)
-        and prompt
-        and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt)
-    ):
+    if (isinstance(prompt, str) and prompt) or isinstance(prompt, list):  # a list's messages are checked already
         return prompt
     expected = "a non-empty string or a list of messages with role and content"
-    raise ValueError(f"{where}, field 'prompt': expected {expected}, got {prompt!r}")
-
-
-def _image_parts(messages: list[dict]) -> int:
-    """Image parts of all messages; a string content may carry `<image>` marks too."""
-    count = 0
-    for message in messages:
-        content = message["content"]
-        if isinstance(content, str):
-            count += content.count(MARK)
-        else:
-            count += sum(part.get("type") == "image" for part in content)
-    return count
+    raise ValueError(f"{where}, field 'prompt': expected {expected}, got {short(prompt)}")
 
 
 def _images(row: dict, where: str) -> tuple[str | bytes, ...]:
@@ -180,6 +175,8 @@ def _images(row: dict, where: str) -> tuple[str | bytes, ...]:
         if isinstance(item, dict):  # Hugging Face's parquet layout
             item = item.get("bytes") or item.get("path")
         if not isinstance(item, (str, bytes)) or not item:
-            raise ValueError(f"{where}, field 'images': expected a path or bytes, got {type(item).__name__}")
+            raise ValueError(
+                f"{where}, field 'images': expected a path or bytes, got {type(item).__name__} {short(item)}"
+            )
         sources.append(item)
     return tuple(sources)

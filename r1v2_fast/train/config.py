@@ -1,1 +1,0 @@
-from r1v2_fast.config import *  # noqa: F403
