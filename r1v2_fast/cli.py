@@ -1,4 +1,4 @@
-"""r1v2-fast train | evaluate | report | doctor."""
+"""r1v2-fast train | evaluate | filter | chat | export | report | doctor."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from r1v2_fast._version import __version__
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
+    options = vars(_parser().parse_args(argv))
+    command = options.pop("command")
     try:
-        return arguments.command(arguments)
+        return command(**options)
     except (ValueError, RuntimeError, ImportError) as error:
         print(f"r1v2-fast: {error}", file=sys.stderr)
         return 2
@@ -30,14 +31,48 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(command=_train)
 
     evaluate = commands.add_parser("evaluate", help="greedy accuracy of a model folder on a file of records")
-    evaluate.add_argument("model", help="a local InternVL-family folder in Hugging Face format")
-    evaluate.add_argument("data", help="records, .jsonl or .parquet")
-    evaluate.add_argument("--score", default="exact_match", help="exact_match, math_answer or path.py:name")
-    evaluate.add_argument("--max-new-tokens", type=int, default=12)
+    _model_and_data(evaluate)
+    _answering(evaluate, max_new_tokens=12)
     evaluate.add_argument("--batch-size", type=int, default=64)
-    evaluate.add_argument("--records", type=int, help="only the first so many")
-    evaluate.add_argument("--device", default="auto")
     evaluate.set_defaults(command=_evaluate)
+
+    pool = commands.add_parser("filter", help="write the records that a model answers right now and then")
+    _model_and_data(pool)
+    pool.add_argument("out", help="file to write: .jsonl beside the pictures, or .parquet with them inside")
+    _answering(pool, max_new_tokens=12)
+    pool.add_argument("--group-size", type=int, default=8, help="responses a record")
+    pool.add_argument("--temperature", type=float, default=1.0)
+    pool.add_argument("--batch-size", type=int, default=32, help="records a rollout")
+    pool.add_argument("--low", type=float, help="least pass rate kept; without it, all above 0")
+    pool.add_argument("--high", type=float, help="greatest pass rate kept; without it, all below 1")
+    pool.add_argument("--keep-all", action="store_true", help="keep every record, with its pass rate")
+    pool.add_argument("--seed", type=int, default=0)
+    pool.add_argument("--root", help="folder that image paths are relative to; default: the data's")
+    pool.add_argument("--allow-outside", action="store_true", help="image paths may leave the root")
+    pool.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
+    pool.set_defaults(command=_filter)
+
+    chat = commands.add_parser(
+        "chat",
+        help="answer a question about pictures, or one after the other",
+        usage="r1v2-fast chat model [question] [--image PATH ...] [--temperature T] [--max-new-tokens N] [--device D]",
+    )
+    chat.add_argument("model", help="a local InternVL-family folder in Hugging Face format")
+    # not nargs="?": argparse would spend that before an option, and not know a question behind it
+    question = chat.add_argument("question", help="without it, questions are read from stdin until an empty line")
+    question.required = False
+    chat.add_argument("--image", action="append", default=[], metavar="PATH", help="a picture; may be given again")
+    chat.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
+    _answering(chat, max_new_tokens=512)
+    chat.set_defaults(command=_chat)
+
+    export = commands.add_parser("export", help="write a run's policy as a Hugging Face folder with a model card")
+    export.add_argument("run_folder", metavar="run", help="the folder of a run")
+    export.add_argument("out", help="folder to write")
+    export.add_argument("--from", dest="source", default="final", help="final, best or a stage; default: final")
+    export.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the policy's")
+    export.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    export.set_defaults(command=_export)
 
     report = commands.add_parser("report", help="write report.html of a run folder")
     report.add_argument("folder")
@@ -51,56 +86,73 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _train(arguments: argparse.Namespace) -> int:
+def _model_and_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a local InternVL-family folder in Hugging Face format")
+    parser.add_argument("data", help="records, .jsonl or .parquet")
+    parser.add_argument("--score", default="exact_match", help="exact_match, math_answer or path.py:name")
+    parser.add_argument("--records", type=int, help="only the first so many")
+
+
+def _answering(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
+    parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens)
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes a GPU where there is one")
+
+
+def _train(recipe: str, overrides: list[str], resume: bool) -> int:
     from transformers.utils import logging
 
+    from r1v2_fast import config
     from r1v2_fast.report import write
-    from r1v2_fast.train import config, run
+    from r1v2_fast.train import run
+    from r1v2_fast.train.stop import Stopped
 
     logging.disable_progress_bar()
-    folder = run.train(config.load(arguments.recipe, arguments.overrides), resume=arguments.resume)
+    try:
+        folder = run.train(config.load(recipe, overrides), resume=resume)
+    except Stopped as stopped:
+        print(f"r1v2-fast: {stopped}; go on with --resume", file=sys.stderr)
+        return stopped.status
     print(f"model   {folder / 'final'}\nreport  {write(folder)}")
     return 0
 
 
-def _evaluate(arguments: argparse.Namespace) -> int:
-    from pathlib import Path
+def _evaluate(**options) -> int:
+    from r1v2_fast.commands import evaluate
 
-    from transformers.utils import logging
-
-    from r1v2_fast.models import load
-    from r1v2_fast.models.policy import Policy
-    from r1v2_fast.models.vision import FeatureCache
-    from r1v2_fast.train.config import Evaluation
-    from r1v2_fast.train.context import Corpus, Reader, pick_device
-    from r1v2_fast.train.evaluate import evaluate
-
-    logging.disable_progress_bar()
-    path = Path(arguments.data)
-    loaded = load.from_folder(arguments.model)
-    loaded.model.to(pick_device(arguments.device)).requires_grad_(False)
-    corpus = Corpus(path.parent)
-    reader = Reader(corpus, loaded, max_tiles=12)
-    settings = Evaluation(
-        sets={path.stem: path.name},
-        batch_size=arguments.batch_size,
-        max_new_tokens=arguments.max_new_tokens,
-        score=arguments.score,
-    )
-    policy = Policy(loaded, reader.pixels, FeatureCache())
-    result = evaluate(policy, reader, corpus.dataset(path.name), settings, records=arguments.records)
-    print(json.dumps(result.metrics, indent=2))
+    print(json.dumps(evaluate.run(**options), indent=2))
     return 0
 
 
-def _report(arguments: argparse.Namespace) -> int:
+def _filter(**options) -> int:
+    from r1v2_fast.commands import filter
+
+    print(filter.run(**options))
+    return 0
+
+
+def _chat(**options) -> int:
+    from r1v2_fast.commands import chat
+
+    for answer in chat.run(**options):
+        print(answer, flush=True)
+    return 0
+
+
+def _export(**options) -> int:
+    from r1v2_fast.commands import export
+
+    print(export.run(**options))
+    return 0
+
+
+def _report(folder: str) -> int:
     from r1v2_fast.report import write
 
-    print(write(arguments.folder))
+    print(write(folder))
     return 0
 
 
-def _doctor(arguments: argparse.Namespace) -> int:
+def _doctor(require: list[str]) -> int:
     from r1v2_fast.doctor import run
 
-    return run(arguments.require)
+    return run(require)

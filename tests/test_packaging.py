@@ -99,7 +99,7 @@ def test_an_installed_wheel_imports_away_from_the_repository(built, tmp_path):
     code = (
         "import torch, r1v2_fast\n"
         "from r1v2_fast import _native, ops\n"
-        "from r1v2_fast.train import config\n"
+        "from r1v2_fast import config\n"
         "import r1v2_fast.kernels.group_advantage\n"
         "assert _native.why_not('cpu') is None\n"
         "assert config.load('digits', []).run.name == 'digits'\n"
