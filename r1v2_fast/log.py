@@ -115,7 +115,9 @@ class Log:
             with path.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps({k: None if _is_nan(v) else v for k, v in line.items()}) + "\n")
         except OSError as error:
-            raise RuntimeError(f"cannot write {path}: {error}; make room and resume from the last checkpoint") from error
+            raise RuntimeError(
+                f"cannot write {path}: {error}; make room and resume from the last checkpoint"
+            ) from error
 
 
 def read(path: Path) -> list[dict]:

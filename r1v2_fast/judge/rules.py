@@ -18,13 +18,14 @@ def thought(completion: str) -> str:
     return match["think"].strip() if match else ""
 
 
-def exact_match(prompts: list[str], completions: list[str], *, answer: list[str], **columns) -> list[float]:
-    """1 where the final answer is the record's answer to the letter, else 0."""
-    return [float(final_answer(c) == a.strip()) for c, a in zip(completions, answer, strict=True)]
+def exact_match(prompts: list, completions: list[str], *, answer: list[str | None], **columns) -> list[float | None]:
+    """1 where the final answer is the record's answer to the letter, else 0; None where the record has no answer."""
+    pairs = zip(completions, answer, strict=True)
+    return [None if a is None else float(final_answer(c) == a.strip()) for c, a in pairs]
 
 
-def math_answer(prompts: list[str], completions: list[str], *, answer: list[str], **columns) -> list[float]:
-    """1 where the final answer equals the record's as mathematics (math-verify), else 0."""
+def math_answer(prompts: list, completions: list[str], *, answer: list[str | None], **columns) -> list[float | None]:
+    """1 where the final answer equals the record's as mathematics (math-verify), else 0; None where it has no answer."""
     from math_verify import parse, verify
 
     def right(completion: str, gold: str) -> bool:
@@ -34,10 +35,10 @@ def math_answer(prompts: list[str], completions: list[str], *, answer: list[str]
             verify(parse(f"${gold}$"), parse(text)) for text in (said, f"${said}$") if text.strip("$")
         )
 
-    return [float(right(c, a)) for c, a in zip(completions, answer, strict=True)]
+    return [None if a is None else float(right(c, a)) for c, a in zip(completions, answer, strict=True)]
 
 
-def think_format(prompts: list[str], completions: list[str], **columns) -> list[float]:
+def think_format(prompts: list, completions: list[str], **columns) -> list[float]:
     """1 where a completion is one `<think>...</think>` block and an answer, neither of them empty, else 0."""
 
     def formed(completion: str) -> bool:

@@ -35,8 +35,7 @@ def set_trainable(model: nn.Module, parts: Iterable[str]) -> dict[str, nn.Parame
         parameter.requires_grad_(trains)
         if trains:
             trained[name] = parameter
-            if parameter.dtype in (torch.float16, torch.bfloat16):
-                parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
     return trained
 
 

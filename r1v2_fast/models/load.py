@@ -29,6 +29,7 @@ def from_preset(name: str, *, words: list[str], seed: int, dtype: torch.dtype = 
         raise ValueError(f"model.preset must be one of {presets.NAMES}, got {name!r}")
     tokenizer = toy_tokenizer.build(words)
     config = presets.digits(len(tokenizer), tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"))
+    config.text_config.dtype = config.vision_config.dtype = dtype  # as a loaded folder's config says it
     config.text_config.eos_token_id = tokenizer.eos_token_id
     config.text_config.pad_token_id = tokenizer.pad_token_id
     with torch.random.fork_rng(devices=[]):

@@ -48,16 +48,16 @@ def inject(model: nn.Module, parts: Mapping[Part, LoRA], *, seed: int) -> None:
 def disabled(model: nn.Module) -> Iterator[None]:
     """Inside, the adapters add nothing: the model as it was before them."""
     layers = [layer for _, layer in _layers(model)]
+    trained = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]  # peft's switch changes that too
     for layer in layers:
         layer.enable_adapters(False)
     try:
         yield
     finally:
         for layer in layers:
-            requires_grad = [(p, p.requires_grad) for p in layer.parameters()]
-            layer.enable_adapters(True)  # also turns gradients on, of what it takes to be active
-            for parameter, wanted in requires_grad:
-                parameter.requires_grad_(wanted)
+            layer.enable_adapters(True)
+        for parameter, wanted in trained:
+            parameter.requires_grad_(wanted)
 
 
 @torch.no_grad()

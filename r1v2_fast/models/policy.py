@@ -35,6 +35,7 @@ class Backbone:
         self.dtype = internvl.dtype  # of the frozen weights and, if 16-bit, of the matmuls
         self.parameters: dict[str, nn.Parameter] = {}  # what trains
         self.checkpointing = False  # True recomputes each layer's activations in the backward
+        self.vision_frozen = True  # then features are cached
         self._initial: list[torch.Tensor] = []
 
     @property
@@ -42,16 +43,11 @@ class Backbone:
         """The module whose parameters' names say what trains."""
         return self.internvl
 
-    @property
-    def vision_frozen(self) -> bool:
-        return not any(parameter.requires_grad for parameter in self.internvl.vision_tower.parameters())
-
     def train_parts(self, parts: list[str], lora_parts: Mapping[Part, LoRA] | None = None, *, seed: int = 0) -> None:
         """Train `parts` in full and `lora_parts` through LoRA."""
         lora.inject(self.root, lora_parts or {}, seed=seed)
         self.parameters = freeze.set_trainable(self.root, parts)
-        if not self.vision_frozen:
-            self.features.clear()
+        self.vision_frozen = not any(freeze.part_of(name) == "vision" for name in self.parameters)
 
     def settle(self) -> None:
         """The end of training: LoRA merged, everything frozen and in the dtype it is saved in."""
@@ -59,7 +55,9 @@ class Backbone:
         for parameter in self.root.parameters():
             parameter.requires_grad_(False)
             parameter.data = parameter.data.to(self.dtype)
-        self.parameters, self._initial, self.checkpointing = {}, [], False
+        if not self.vision_frozen:
+            self.features.clear()
+        self.parameters, self._initial, self.checkpointing, self.vision_frozen = {}, [], False, True
 
     def keep_reference(self) -> None:
         """What the model is now, before it trains, is what `reference` gives back."""

@@ -38,9 +38,14 @@ class RewardModel(Backbone):
         nn.init.zeros_(head.bias)
         return cls(internvl, head, policy.pixels, policy.features)
 
+    def own_tower(self) -> None:
+        """Stop sharing the policy's vision tower, which is about to train."""
+        self.internvl.vision_tower = copy.deepcopy(self.internvl.vision_tower)
+        self.features = FeatureCache()
+
     def train_parts(self, parts: list[str], lora_parts: Mapping[Part, LoRA] | None = None, *, seed: int = 0) -> None:
         super().train_parts(parts, lora_parts, seed=seed)
-        self.head.float().requires_grad_(True)
+        self.head.to(torch.promote_types(self.dtype, torch.float32)).requires_grad_(True)
         self.parameters |= {f"head.{name}": parameter for name, parameter in self.head.named_parameters()}
 
     def settle(self) -> None:
@@ -53,7 +58,8 @@ class RewardModel(Backbone):
         columns = torch.arange(batch.input_ids.shape[1], device=hidden.device)
         last = (columns * batch.attention_mask).argmax(1)
         with self.precision():
-            return self.head(hidden[torch.arange(len(last), device=hidden.device), last]).squeeze(-1).float()
+            scores = self.head(hidden[torch.arange(len(last), device=hidden.device), last]).squeeze(-1)
+        return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
     def save(self, path: str | Path) -> None:
         self.internvl.save_pretrained(path)

@@ -34,6 +34,8 @@ def run_stage(context: Context, stage: Stage, stop: StopRequest, *, later: list[
     stage.prepare()
     done = checkpoints.load(stage, optimizer)
     log.rewind(stage.name, done, later, steps=stage.steps)
+    if done < stage.steps:
+        _rehearse(stage, optimizer)
     idle = 0
     log.start(stage.name, stage.steps, done)
     try:
@@ -71,12 +73,7 @@ def _learn(stage: Stage, samples: list, optimizer: Optimizer, step: int, metrics
         loss = torch.zeros((), device=stage.context.device)
         for part in micro_batches(mini_batch, stage.settings.micro_batch_tokens):
             own: Metrics = {}
-            try:
-                share = stage.loss(part, mini_batch, own)
-                optimizer.backward(share)
-            except torch.OutOfMemoryError as error:
-                raise RuntimeError(_out_of_memory(stage, part)) from error
-            loss += share.detach()
+            loss += _add_gradient(stage, part, mini_batch, optimizer, own)
             mean.add(own, weight=own.get("num_tokens", 1))
         norm = optimizer.step(rate)
         if not (norm.isfinite() or optimizer.scaler.is_enabled()):
@@ -95,12 +92,26 @@ def _learn(stage: Stage, samples: list, optimizer: Optimizer, step: int, metrics
     metrics.update({**mean.values(), "learning_rate": rate, "updates": updates})
 
 
-def _out_of_memory(stage: Stage, part: list) -> str:
-    return (
-        f"stage {stage.name}: out of memory in a forward and backward of {padded_tokens(part)} padded tokens, the longest "
-        f"of its step; {stage.name}.micro_batch_tokens below that, {stage.name}.gradient_checkpointing=true or a smaller "
-        "max_new_tokens help. The last checkpoint is intact"
-    )
+def _rehearse(stage: Stage, optimizer: Optimizer) -> None:
+    """The largest forward and backward that the stage can meet, thrown away: memory runs out now or not at all."""
+    largest = stage.largest()
+    _add_gradient(stage, micro_batches(largest, stage.settings.micro_batch_tokens)[0], largest, optimizer, {})
+    optimizer.adamw.zero_grad(set_to_none=True)
+    stage.forget_update()
+
+
+def _add_gradient(stage: Stage, part: list, whole: list, optimizer: Optimizer, metrics: Metrics) -> torch.Tensor:
+    """The gradient of the part's share in the loss joins what has come before; returns the share."""
+    try:
+        share = stage.loss(part, whole, metrics)
+        optimizer.backward(share)
+    except torch.OutOfMemoryError as error:
+        raise RuntimeError(
+            f"stage {stage.name}: out of memory in a forward and backward of {padded_tokens(part)} padded tokens; "
+            f"{stage.name}.micro_batch_tokens below that, {stage.name}.gradient_checkpointing=true or a smaller "
+            "max_new_tokens help. The last checkpoint is intact"
+        ) from error
+    return share.detach()
 
 
 def _explain_idle(context: Context, stage: Stage, step: int, metrics: Metrics, idle: int) -> None:

@@ -8,8 +8,9 @@ import torch
 
 from r1v2_fast import config
 from r1v2_fast.data.collate import Sequence
-from r1v2_fast.data.records import draw
+from r1v2_fast.data.records import Record, draw
 from r1v2_fast.train.context import Context
+from r1v2_fast.train.rollout import Prompt
 from r1v2_fast.train.stages.base import Metrics, Stage
 
 
@@ -35,16 +36,18 @@ class AlignStage(Stage[Example]):
                 )
 
     def collect(self, step: int, metrics: Metrics) -> list[Example]:
-        context = self.context
-        indices = draw(len(self.dataset), self.batch_size, seed=context.recipe.run.seed, step=step)
+        indices = draw(len(self.dataset), self.batch_size, seed=self.context.recipe.run.seed, step=step)
         records = [self.dataset[index] for index in indices]
-        prompts = context.reader.prompts(self.dataset, records)
-        return [
-            Example(
-                Sequence(prompt.ids, context.reader.encoder.response(record.columns["response"]), prompt.image_keys)
-            )
-            for prompt, record in zip(prompts, records, strict=True)
-        ]
+        prompts = self.context.reader.prompts(self.dataset, records)
+        return [self._example(prompt, record) for prompt, record in zip(prompts, records, strict=True)]
+
+    def largest(self) -> list[Example]:
+        record = max(self.dataset.records, key=lambda record: len(record.columns["response"]))
+        return [self._example(prompt, record) for prompt in self.longest_prompts(self.batch_size)]
+
+    def _example(self, prompt: Prompt, record: Record) -> Example:
+        response = self.context.reader.encoder.response(record.columns["response"])
+        return Example(Sequence(prompt.ids, response, prompt.image_keys))
 
     def loss(self, samples: list[Example], whole: list[Example], metrics: Metrics) -> torch.Tensor:
         batch = self.context.reader.batch([sample.sequence for sample in samples], self.context.device)

@@ -8,9 +8,11 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from r1v2_fast import config
+from r1v2_fast.data.collate import Sequence
 from r1v2_fast.models.policy import Backbone
 from r1v2_fast.train.batching import Sample, micro_batches
 from r1v2_fast.train.context import Context
+from r1v2_fast.train.rollout import Prompt
 
 Metrics = dict[str, Any]  # floats, or device tensors that the log reads at the end of the step
 S = TypeVar("S", bound=Sample)
@@ -28,6 +30,8 @@ class Stage(Generic[S]):
         self.steps = config.steps
         self.model = model
         self.dataset = context.corpus.dataset(config.data)
+        if context.reward_model is not None and "vision" in {*config.train, *config.lora}:
+            context.reward_model.own_tower()
         model.train_parts(list(config.train), config.lora, seed=context.recipe.run.seed)
         model.checkpointing = config.gradient_checkpointing
 
@@ -46,6 +50,21 @@ class Stage(Generic[S]):
         """The share that `samples` have in the loss of `whole`, their optimizer step's: shares add up exactly."""
         raise NotImplementedError
 
+    def largest(self) -> list[S]:
+        """The samples of the largest step that this stage can meet, to see whether it fits into memory."""
+        raise NotImplementedError
+
+    def largest_sequences(self, sampling: config.Sampling, per_prompt: int) -> list[Sequence]:
+        """The longest prompts of a rollout with `per_prompt` responses each that use all of max_new_tokens."""
+        response = [self.context.policy.tokenizer.eos_token_id] * sampling.max_new_tokens
+        prompts = self.longest_prompts(sampling.prompts)
+        return [Sequence(prompt.ids, response, prompt.image_keys) for prompt in prompts for _ in range(per_prompt)]
+
+    def longest_prompts(self, count: int) -> list[Prompt]:
+        """By images, then by characters: neither needs a look at the pixels of all records."""
+        longest = sorted(self.dataset.records, key=lambda record: (-len(record.images), -len(str(record.prompt))))
+        return self.context.reader.prompts(self.dataset, (longest * -(-count // len(longest)))[:count])
+
     def response_logprobs(self, samples: list[S], *, temperature: float) -> list[list[torch.Tensor]]:
         """Per-token log-probs of each sequence of each sample, without gradient, in micro-batches; on the CPU."""
         found: dict[int, list[torch.Tensor]] = {}
@@ -59,6 +78,9 @@ class Stage(Generic[S]):
 
     def after_update(self) -> None:
         """Once the optimizer has stepped."""
+
+    def forget_update(self) -> None:
+        """Drop what losses left behind for `after_update`: they were a rehearsal."""
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """What a checkpoint must hold besides parameters and optimizer: tensors, and JSON values."""

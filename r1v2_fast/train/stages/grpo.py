@@ -92,6 +92,14 @@ class GRPOStage(Stage[Sample]):
             order = torch.randperm(len(samples), generator=generator).tolist()
             yield from ([samples[i] for i in order[start::count]] for start in range(count))
 
+    def largest(self) -> list[Sample]:
+        sampling = self.config.sampling
+        zeros = torch.zeros(sampling.max_new_tokens)
+        return [
+            Sample(sequence, 1.0, zeros, ref_logprobs=None if self.skip_zero else zeros)
+            for sequence in self.largest_sequences(sampling, sampling.group_size)
+        ]
+
     def loss(self, samples: list[Sample], whole: list[Sample], metrics: Metrics) -> torch.Tensor:
         device = self.context.device
         batch = self.context.reader.batch([sample.sequence for sample in samples], device)

@@ -14,6 +14,7 @@ import torch
 from r1v2_fast import config, ops
 from r1v2_fast.data.collate import Sequence
 from r1v2_fast.data.records import draw
+from r1v2_fast.train.batching import padded_tokens
 from r1v2_fast.train.context import Context
 from r1v2_fast.train.experience import collect, pairs_by_gap, panel, reward_metrics
 from r1v2_fast.train.stages.base import Metrics, Stage
@@ -71,6 +72,15 @@ class MPOStage(Stage[Pair]):
         self._add_reference(pairs)
         return pairs
 
+    def largest(self) -> list[Pair]:
+        sampling = self.config.sampling
+        if sampling is None:
+            pairs = [self._ready[i] for i in sorted(self._ready, key=lambda i: -padded_tokens([self._ready[i]]))]
+            return pairs[: self.config.pairs]
+        sides = self.largest_sequences(sampling, self.config.max_pairs)
+        zeros = torch.zeros(sampling.max_new_tokens)
+        return [Pair(side, side, (zeros, zeros)) for side in sides]
+
     def loss(self, samples: list[Pair], whole: list[Pair], metrics: Metrics) -> torch.Tensor:
         batch = self.context.reader.batch(_sides(samples), self.context.device)
         logprobs = self.context.policy.response_logprobs(batch, temperature=self.temperature).logprobs
@@ -101,6 +111,9 @@ class MPOStage(Stage[Pair]):
     def after_update(self) -> None:
         chosen, rejected = zip(*self._rewards, strict=True)
         self.shift.update(torch.cat(chosen), torch.cat(rejected))
+        self.forget_update()
+
+    def forget_update(self) -> None:
         self._rewards.clear()
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

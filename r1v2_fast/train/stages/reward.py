@@ -47,6 +47,9 @@ class RewardStage(Stage[Pair]):
         metrics["pairs"] = len(pairs)
         return [Pair(experience.sequence(chosen), experience.sequence(rejected)) for chosen, rejected in pairs]
 
+    def largest(self) -> list[Pair]:
+        return [Pair(side, side) for side in self.largest_sequences(self.config.sampling, self.config.max_pairs)]
+
     def loss(self, samples: list[Pair], whole: list[Pair], metrics: Metrics) -> torch.Tensor:
         sequences = [pair.chosen for pair in samples] + [pair.rejected for pair in samples]
         chosen, rejected = self.model.scores(self.context.reader.batch(sequences, self.context.device)).chunk(2)
