@@ -128,5 +128,8 @@ def _restore(path: Path, stage: Stage, optimizer: Optimizer) -> int:
         for name, parameter in optimizer.parameters.items():
             parameter.copy_(parts["parameter"][name])
     optimizer.load_state(parts["optimizer"], state["optimizer"])
-    stage.load_state(parts["stage"], state["meta"])
+    try:
+        stage.load_state(parts["stage"], state["meta"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return state["step"]
