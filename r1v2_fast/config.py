@@ -234,7 +234,9 @@ class Evaluation(Section):
     batch_size: int = Field(250, gt=0)
     max_new_tokens: int = Field(12, gt=0)
     score: str = "exact_match"
-    """The rule that counts an answer as right."""
+    """The rule that counts an answer as right; a reward function, and right is 1 or more."""
+    time_limit: float | None = Field(600.0, gt=0)
+    """Seconds for the rule on all answers of a set; null waits for ever."""
 
 
 class Checkpoint(Section):

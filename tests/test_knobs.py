@@ -1,5 +1,7 @@
 """What trainers expect of a loop: exact accumulation, mini-batches, sampling knobs, LoRA, mixed precision, schedules."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -15,6 +17,7 @@ from r1v2_fast.train.loop import _rehearse
 from r1v2_fast.train.metrics import Mean
 from r1v2_fast.train.optimizer import Optimizer, learning_rate
 
+EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "own_data"
 SMALL = [
     "data.sizes={align: 64, policy: 64, reward: 32, heldout: 12}", "align.batch_size=12", "mpo.min_reward_gap=0.0",
     "reward.sampling.prompts=4", "mpo.sampling.prompts=6", "grpo.sampling.prompts=6", "grpo.sampling.group_size=4",
@@ -85,6 +88,18 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(name, more, tmp_path
     assert far(split, whole) <= 1e-10  # parity in fp64, by the numerics contract
     alone, _ = gradient(stage, samples[:1], None)
     assert far(alone, whole) > 1e-3, "one sample's gradient would pass too"
+
+
+@pytest.mark.parametrize("name", ["align", "grpo"])
+def test_a_batch_of_text_and_image_records_has_the_gradient_of_each_alone(name, tmp_path, reward):
+    own = ["data.make=null", f"data.folder={EXAMPLE}", f"{name}.data=records.jsonl", f"{name}.train=[adapter, llm]"]
+    more = [*own, "align.batch_size=8", "grpo.sampling.prompts=8", "evaluation.sets={own: records.jsonl}"]
+    stage = stage_of(name, tmp_path, reward, *more, double=True)
+    samples = stage.collect(0, {})
+    assert {len(s.image_keys) for sample in samples for s in sample.sequences} == {0, 1, 2}
+    mixed, _ = gradient(stage, samples, None)
+    apart, parts = gradient(stage, samples, 1)
+    assert parts == len(samples) and far(apart, mixed) <= 1e-10
 
 
 def test_mini_batches_share_out_the_samples_and_their_gradients_average_to_the_whole(tmp_path, reward):
@@ -320,3 +335,16 @@ def test_lora_names_what_it_lacks(tmp_path, reward, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
     with pytest.raises(ImportError, match=r"pip install 'r1v2-fast\[lora\]'"):
         stage_of("mpo", tmp_path, reward, f"mpo.{LORA}")
+
+
+def test_a_run_logs_to_tensorboard_over_all_stages_and_a_resume(tmp_path, reward):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    more = ["run.loggers=[tensorboard]", "run.stages=[mpo, grpo]"]
+    folder = run.train(recipe_of(tmp_path / "a", reward, *more))
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("reward")] == [1, 2, 3, 4, 5]
+    lines = [line for line in read(folder / "metrics.jsonl") if "reward" in line]
+    assert [event.value for event in events.Scalars("reward")] == pytest.approx([line["reward"] for line in lines])
+    assert [event.step for event in events.Scalars("eval/clean/accuracy")] == [0, 2, 4, 5]

@@ -35,7 +35,9 @@ def evaluate(
         responses = rollout(policy, prompts, group_size=1, max_new_tokens=config.max_new_tokens, temperature=0.0)
         completions += [reader.encoder.decode(response.ids) for response in responses]
     arguments = arguments_of(chosen, completions)
-    scores = score(config.score, load_reward(config.score), *arguments, [record.where for record in chosen])
+    where = [record.where for record in chosen]
+    function = load_reward(config.score)
+    scores = score(config.score, function, *arguments, where, time_limit=config.time_limit, on_nan="skip")
     right = [value >= 1.0 for value in scores]
     metrics = {
         "accuracy": sum(right) / len(right),

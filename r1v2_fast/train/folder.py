@@ -20,8 +20,10 @@ from r1v2_fast.config import Recipe
 
 # what may change between starts: how and where it runs, not what it computes
 FREE = (
-    "checkpoint.every", "checkpoint.keep", "run.device", "run.threads", "run.loggers", "data.root", "data.allow_outside",
-    "samples_every", "*.micro_batch_tokens", "*.gradient_checkpointing", "*.rewards.*.on_nan", "*.rewards.*.time_limit",
+    "checkpoint.every", "checkpoint.keep", "samples_every",
+    "run.device", "run.threads", "run.loggers", "data.root", "data.allow_outside",
+    "*.micro_batch_tokens", "*.gradient_checkpointing",
+    "*.rewards.*.on_nan", "*.rewards.*.time_limit", "evaluation.time_limit",
 )  # fmt: skip
 
 
