@@ -11,6 +11,7 @@ from pathlib import Path
 import yaml
 
 from r1v2_fast import log
+from r1v2_fast.data.layouts import text_of
 from r1v2_fast.data.records import Dataset
 
 STAGE_COLOURS = {"align": "#e8eef7", "reward": "#f5efe1", "mpo": "#e6f2ea", "grpo": "#f3e8f3"}
@@ -200,7 +201,7 @@ def _opener(folder: Path, recipe: dict, file: str) -> Callable[[str], bytes]:
 
 def _card(png: Callable[[str], bytes], sample: dict) -> str:
     pictures = "".join(f'<img alt="" src="data:image/png;base64,{_base64(png(key))}">' for key in sample["images"])
-    prompt = sample["prompt"] if isinstance(sample["prompt"], str) else str(sample["prompt"])
+    prompt = text_of(sample["prompt"])
     return (
         f'<div class="card {"right" if sample["right"] else "wrong"}">{pictures}<br>'
         f"{html.escape(prompt.replace('<image>', '').strip())}<br><code>{html.escape(sample['completion'])}</code><br>"

@@ -13,7 +13,7 @@ from PIL import Image
 from r1v2_fast.data import digits
 from r1v2_fast.data.collate import PromptEncoder, Sequence, collate, messages
 from r1v2_fast.data.images import ImageStore
-from r1v2_fast.data.layouts import canonical
+from r1v2_fast.data.layouts import canonical, text_of
 from r1v2_fast.data.records import Dataset
 from r1v2_fast.models import load
 from r1v2_fast.models.policy import Policy
@@ -268,3 +268,9 @@ def test_a_record_has_the_same_log_probs_in_a_mixed_batch_as_alone(toy):
         if len(sequence.image_keys) == 2:  # the pictures are seen, and in their order
             (swapped,) = logprobs([Sequence(sequence.prompt_ids, sequence.response_ids, sequence.image_keys[::-1])])
             assert (swapped - alone).abs().max() > 1e-4, record.id
+
+
+def test_the_text_of_a_prompt_is_what_a_reader_reads():
+    parts = [{"type": "image"}, {"type": "text", "text": "Add "}, {"type": "text", "text": "them."}]
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": parts}]
+    assert text_of(messages) == "Be brief.\nAdd them." and text_of("<image>\nAdd.") == "<image>\nAdd."

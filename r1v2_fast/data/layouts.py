@@ -55,6 +55,14 @@ def marks_of(prompt: str | list[dict]) -> int:
     return count
 
 
+def text_of(prompt: str | list[dict]) -> str:
+    """What a reader reads: the text of a prompt, its messages one below the other."""
+    if isinstance(prompt, str):
+        return prompt
+    texts = ("".join(part.get("text", "") for part in _parts(message["content"])) for message in prompt)
+    return "\n".join(texts)
+
+
 def _from_verl(row: dict[str, Any], where: str) -> None:
     truth = row["reward_model"].get("ground_truth")
     if not isinstance(truth, (str, int, float, type(None))):

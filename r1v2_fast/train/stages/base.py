@@ -9,6 +9,7 @@ import torch
 
 from r1v2_fast import config
 from r1v2_fast.data.collate import Sequence
+from r1v2_fast.data.layouts import text_of
 from r1v2_fast.models.policy import Backbone
 from r1v2_fast.train.batching import Sample, micro_batches
 from r1v2_fast.train.context import Context
@@ -62,7 +63,7 @@ class Stage(Generic[S]):
 
     def longest_prompts(self, count: int) -> list[Prompt]:
         """By images, then by characters: neither needs a look at the pixels of all records."""
-        longest = sorted(self.dataset.records, key=lambda record: (-len(record.images), -len(str(record.prompt))))
+        longest = sorted(self.dataset.records, key=lambda record: (-len(record.images), -len(text_of(record.prompt))))
         return self.context.reader.prompts(self.dataset, (longest * -(-count // len(longest)))[:count])
 
     def response_logprobs(self, samples: list[S], *, temperature: float) -> list[list[torch.Tensor]]:
