@@ -16,6 +16,21 @@ def show(lines: list[dict], console: Console) -> None:
     runs = {(line["arm"], line["prompts"], line["seed"]): line for line in lines}
     console.print(_mechanism(lines))
     console.print(_effect(runs))
+    for prompts in worse(lines):
+        console.print(
+            f"[red]the shipped default is worse than plain by more than 2 standard errors at {prompts} prompts"
+        )
+
+
+def worse(lines: list[dict]) -> list[int]:
+    """Batch sizes at which the shipped default ends below plain GRPO by more than 2 standard errors."""
+    runs = {(line["arm"], line["prompts"], line["seed"]): line for line in lines}
+    found = []
+    for prompts in sorted({line["prompts"] for line in lines}):
+        mean, error = mean_and_error(compared(runs, "buffer", prompts)["rollouts"])
+        if mean < -2 * error:
+            found.append(prompts)
+    return found
 
 
 def at_updates(curve: list[list[float]], updates: float) -> float:

@@ -37,7 +37,6 @@ class LoRA(Section):
     rank: int = Field(16, gt=0)
     alpha: float = Field(32.0, gt=0)
     """The update is alpha / rank x B A."""
-    dropout: float = Field(0.0, ge=0, lt=1)
     targets: list[str] | Literal["all-linear"] = "all-linear"
     """Names of linear layers, such as q_proj."""
 
@@ -61,6 +60,8 @@ class Stage(Section):
     def _a_part_trains_one_way(self):
         if both := set(self.train) & set(self.lora):
             raise ValueError(f"train and lora must not name the same part, got {sorted(both)} in both")
+        if not self.train and not self.lora:
+            raise ValueError("train or lora must name a part, got none in both")
         return self
 
 

@@ -113,7 +113,7 @@ class Log:
     def _append(path: Path, line: dict) -> None:
         try:
             with path.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps({k: None if _is_nan(v) else v for k, v in line.items()}) + "\n")
+                lines.write(json.dumps({k: None if _no_json(v) else v for k, v in line.items()}) + "\n")
         except OSError as error:
             raise RuntimeError(
                 f"cannot write {path}: {error}; make room and resume from the last checkpoint"
@@ -135,5 +135,5 @@ def _number(value: Any) -> float:
     return value.item() if isinstance(value, torch.Tensor) else value
 
 
-def _is_nan(value: Any) -> bool:
-    return isinstance(value, float) and math.isnan(value)
+def _no_json(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)

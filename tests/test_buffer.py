@@ -1,38 +1,10 @@
 """SelectiveSampleBuffer against a written-out simulation, and its promises."""
 
-import itertools
-
 import pytest
 import torch
 
-from r1v2_fast import ops
-from r1v2_fast.buffer import _MIX, SelectiveSampleBuffer
-
-
-class Simulation:
-    """The buffer's rules on plain lists."""
-
-    def __init__(self, capacity, granularity, alpha, max_staleness, seed):
-        self.capacity, self.granularity, self.alpha = capacity, granularity, alpha
-        self.max_staleness, self.seed, self.units = max_staleness, seed, []
-
-    def fill(self, target, fresh, step):
-        young = [u for u in self.units if self.max_staleness is None or step - u["step"] <= self.max_staleness]
-        wanted = max(0, min(target - fresh, len(young)))
-        if wanted == 0:
-            return []
-        priorities = torch.tensor([sum(abs(a) for a in u["advantages"]) / len(u["advantages"]) for u in young])
-        seed = ((self.seed + 1) * _MIX + step) % 2**63
-        drawn = ops.sample_by_priority(priorities.double(), wanted, seed=seed, alpha=self.alpha).indices.tolist()
-        return [young[i]["ids"] for i in drawn]
-
-    def push(self, ids, advantages, offsets, step):
-        if self.granularity == "sample":
-            offsets = list(range(len(ids) + 1))
-        for start, end in itertools.pairwise(offsets):
-            if any(a != 0 for a in advantages[start:end]):
-                self.units.append({"ids": ids[start:end], "advantages": advantages[start:end], "step": step})
-        self.units = self.units[-self.capacity :]
+from bench.ssb_simulation import Simulation
+from r1v2_fast.buffer import SelectiveSampleBuffer
 
 
 @pytest.mark.parametrize("granularity", ["group", "sample"])
@@ -46,7 +18,9 @@ def test_it_does_what_the_written_out_simulation_does(granularity, max_staleness
     for step in range(25):
         fresh = int(torch.randint(0, 5, (1,), generator=g))
         drawn = buffer.fill(4, fresh, step)
-        assert [[s["id"] for s in unit.samples] for unit in drawn] == simulation.fill(4, fresh, step)
+        assert [[s["id"] for s in unit.samples] for unit in drawn] == [
+            u.samples for u in simulation.fill(4, fresh, step)
+        ]
         drawn_at_all += len(drawn)
         sizes = torch.randint(1, 4, (3,), generator=g)
         offsets = [0, *sizes.cumsum(0).tolist()]
@@ -54,7 +28,7 @@ def test_it_does_what_the_written_out_simulation_does(granularity, max_staleness
         advantages = torch.randint(-2, 3, (offsets[-1],), generator=g).double()
         buffer.push([{"id": i} for i in ids], advantages, torch.tensor(offsets), step)
         simulation.push(ids, advantages.tolist(), offsets, step)
-        assert len(buffer) == len(simulation.units)
+        assert len(buffer) == len(simulation.held)
     assert drawn_at_all > 0
 
 

@@ -189,7 +189,7 @@ def test_a_partial_folder_is_never_chosen(tmp_path, short, monkeypatch):
     folder = tmp_path / "b" / "checkpoints"
     shutil.copytree(folder / "grpo-000005", folder / "grpo-000007.partial")
     run.train(short("b"), resume=True)
-    assert sorted(p.name for p in folder.iterdir()) == ["grpo-000006", "grpo-000008"]
+    assert sorted(p.name for p in folder.iterdir()) == ["grpo-000006", "grpo-000007.partial", "grpo-000008"]
 
 
 def test_a_checkpoint_of_another_architecture_names_the_parameter(tmp_path, short, monkeypatch):

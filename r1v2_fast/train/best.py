@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 from r1v2_fast import config
@@ -25,6 +26,8 @@ class Best:
             return
         if name not in metrics:
             raise ValueError(f"checkpoint.best must be one of {sorted(metrics)}, got {name!r}")
+        if math.isnan(metrics[name]):  # such as a rate among no answers
+            return
         sign = 1 if self.settings.best_is == "highest" else -1
         held = self.path / "best.json"
         if held.is_file() and sign * metrics[name] <= sign * json.loads(held.read_text())["value"]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +24,7 @@ from r1v2_fast.train.optimizer import Optimizer
 from r1v2_fast.train.stages.base import Stage
 
 TENSORS, META = "state.safetensors", "state.json"
+NAME = re.compile(r"[a-z]+-\d{6,}")
 
 
 class Checkpoints:
@@ -54,10 +57,8 @@ class Checkpoints:
                 f"cannot write checkpoint {target}: {error}; it takes {size / 1e6:.0f} MB, {free / 1e6:.0f} MB are free. "
                 f"{f'{whole[-1]} is intact' if whole else 'There is no earlier one'}: make room and resume"
             ) from error
-        found = self._found(stage)
-        for other in self.folder.iterdir():
-            if other not in found[-self.keep :]:
-                shutil.rmtree(other)
+        for older in self._found(stage)[: -self.keep]:
+            shutil.rmtree(older)
 
     def load(self, stage: Stage, optimizer: Optimizer) -> int:
         """Restore the newest whole checkpoint of `stage`; returns the steps done, 0 where there is none.
@@ -69,16 +70,22 @@ class Checkpoints:
             path = found.pop()
             if (broken := _broken(path)) is None:
                 return _restore(path, stage, optimizer)
-            self.say(
-                f"{path} is not whole ({broken}); going back to {found[-1] if found else 'the start of the stage'}"
-            )
+            aside = path.with_suffix(".broken")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(path, aside)
+            before = found[-1] if found else "the start of the stage"
+            self.say(f"{path} is not whole ({broken}) and set aside; going back to {before}")
         return 0
 
     def clear(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _found(self, stage: Stage) -> list[Path]:
-        return sorted(p for p in self.folder.glob(f"{stage.name}-??????") if p.is_dir())
+        """Oldest first; what is half-written or broken has another suffix."""
+        steps = {
+            p: int(p.name.rsplit("-", 1)[1]) for p in self.folder.glob(f"{stage.name}-*") if NAME.fullmatch(p.name)
+        }
+        return sorted(steps, key=steps.__getitem__)
 
 
 def _write(folder: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
