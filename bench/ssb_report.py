@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -20,6 +21,34 @@ def show(lines: list[dict], console: Console) -> None:
         console.print(
             f"[red]the shipped default is worse than plain by more than 2 standard errors at {prompts} prompts"
         )
+
+
+def plot(lines: list[dict], path: Path) -> None:
+    """Accuracy over responses sampled, a panel for each batch size: means over seeds, and their standard error."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    sizes = sorted({line["prompts"] for line in lines})
+    figure, panels = plt.subplots(1, len(sizes), figsize=(11, 3.4), dpi=110, sharey=True, layout="constrained")
+    for axes, prompts in zip(panels, sizes, strict=True):
+        for arm, colour, name in (("plain", "#5a6473", "plain GRPO"), ("buffer", "#2457a6", "with the buffer")):
+            curves = [line["curve"] for line in lines if (line["arm"], line["prompts"]) == (arm, prompts)]
+            points = [mean_and_error([a for _, _, a in at]) for at in zip(*curves, strict=True)]
+            x = [step * prompts * GROUP_SIZE / 1000 for step, _, _ in curves[0]]
+            y, e = [100 * mean for mean, _ in points], [100 * error for _, error in points]
+            axes.plot(x, y, color=colour, lw=1.8, label=name)
+            low, high = ([a + sign * b for a, b in zip(y, e, strict=True)] for sign in (-1, 1))
+            axes.fill_between(x, low, high, color=colour, alpha=0.18, lw=0)
+        axes.set_title(f"{prompts} prompts a step", fontsize=10)
+        axes.set_xlabel("thousand responses sampled")
+        axes.grid(axis="y", color="#e3e7ee", lw=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("right at low contrast, %")
+    panels[0].legend(frameon=False, loc="lower right")
+    figure.savefig(path)
+    plt.close(figure)
 
 
 def worse(lines: list[dict]) -> list[int]:
@@ -53,7 +82,7 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 
 def compared(runs: dict, arm: str, prompts: int) -> dict[str, list[float]]:
-    """Of the seeds that both `arm` and plain have: accuracies and what they differ by."""
+    """Of the seeds that both `arm` and plain have: accuracies, and what they differ by."""
     found: dict[str, list[float]] = {k: [] for k in ("plain", "arm", "rollouts", "updates", "plain_to", "arm_to")}
     for (name, p, seed), run in sorted(runs.items()):
         if (name, p) != (arm, prompts) or ("plain", prompts, seed) not in runs:
@@ -71,19 +100,26 @@ def compared(runs: dict, arm: str, prompts: int) -> dict[str, list[float]]:
 
 
 def _effect(runs: dict) -> Table:
-    table = Table("arm", "prompts", "seeds", "plain", "arm", "at equal rollouts", "at equal updates",
-                  "rollouts to 95 %: plain, arm",
-                  title="accuracy at low contrast; the difference to plain, paired by seed")  # fmt: skip
+    table = Table(
+        "arm", "prompts", "seeds", "plain", "arm", "at equal rollouts", "at equal updates", "to 95 %: plain", "saved",
+        title="accuracy at low contrast, and thousand responses to 95 % of plain's; differences paired by seed",
+    )  # fmt: skip
     for arm, prompts in sorted({(a, p) for a, p, _ in runs if a != "plain"}, key=lambda k: (k[0] != "buffer", *k)):
         found = compared(runs, arm, prompts)
-        reached = [a for a in found["arm_to"] if not math.isnan(a)]
-        to = f"{statistics.fmean(found['plain_to']):,.0f}, {statistics.fmean(reached) if reached else math.nan:,.0f}"
-        if len(reached) < len(found["arm_to"]):
-            to += f" ({len(found['arm_to']) - len(reached)} never)"
+        saved = [(p - a) / 1000 for p, a in zip(found["plain_to"], found["arm_to"], strict=True) if not math.isnan(a)]
+        never = len(found["arm"]) - len(saved)
+        mean, error = mean_and_error(saved)
         table.add_row(
-            arm, str(prompts), str(len(found["arm"])), _percent(found["plain"]), _percent(found["arm"]),
-            _points(found["rollouts"]), _points(found["updates"]), to,
-        )  # fmt: skip
+            arm,
+            str(prompts),
+            str(len(found["arm"])),
+            _percent(found["plain"]),
+            _percent(found["arm"]),
+            _points(found["rollouts"]),
+            _points(found["updates"]),
+            f"{mean_and_error(found['plain_to'])[0] / 1000:.1f}",
+            f"{mean:+.1f} ± {error:.1f}" + (f" ({never} never)" if never else ""),
+        )
     return table
 
 

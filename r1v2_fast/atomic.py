@@ -15,7 +15,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_folder(path: Path, write: Callable[[Path], None]) -> None:
-    """`write` into a folder beside `path` that takes its name once all of it is on the disk; a failure leaves nothing."""
+    """`write` into a folder beside `path` that takes its name once all of it is on the disk; a failure leaves nothing.
+
+    raises  RuntimeError where the disk is full or read-only; what stood at `path` still stands
+    """
+    from safetensors import SafetensorError  # its own wrapper of the system's errors
+
     partial, old = _beside(path, "partial"), _beside(path, "old")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -23,8 +28,10 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
         write(partial)
         for file in (*partial.rglob("*"), partial):
             _sync(file)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, (OSError, SafetensorError)):
+            raise RuntimeError(f"cannot write {path}: {error}; make room and resume") from error
         raise
     recover(path)
     if path.is_dir():  # folders cannot be exchanged in one call

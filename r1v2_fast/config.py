@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Part = Literal["adapter", "llm", "vision"]
+Share = Annotated[float, Field(ge=0, lt=1)]
+METRICS = ("accuracy", "format", "hallucination", "hallucination/right", "hallucination/wrong")
+Weight = Annotated[float, Field(ge=0)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Optimizer(Section):
@@ -21,7 +24,7 @@ class Optimizer(Section):
 
     lr: float = Field(1e-3, gt=0)
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Share, Share] = (0.9, 0.95)
     weight_decay: float = Field(0.0, ge=0)
     warmup_steps: int = Field(0, ge=0)
     decay: Literal["none", "linear", "cosine"] = "none"
@@ -101,12 +104,22 @@ class RewardTerm(Section):
     """A NaN or infinite reward stops the run and names its sample, or leaves the sample unscored."""
 
 
+def _distinct(terms: list[RewardTerm]) -> list[RewardTerm]:
+    names = [term.name for term in terms]
+    if len(set(names)) != len(names):
+        raise ValueError(f"rewards must have distinct names, got {names}")
+    return terms
+
+
+Rewards = Annotated[list[RewardTerm], AfterValidator(_distinct)]
+
+
 class Reward(Stage):
     """Bradley-Terry reward model on pairs sampled from the aligned policy."""
 
     train: list[Part] = ["adapter", "llm"]
     sampling: Sampling = Sampling()
-    rewards: list[RewardTerm]
+    rewards: Rewards = Field(min_length=1)
     """What decides the preferred response of a pair: the sum of these rule rewards."""
     max_pairs: int = Field(4, gt=0)
     """Pairs of one prompt, at most."""
@@ -117,14 +130,14 @@ class MPO(Stage):
 
     sampling: Sampling | None = Sampling(prompts=64, group_size=4)
     """None trains on the data's own chosen and rejected responses."""
-    rewards: list[RewardTerm] = []
+    rewards: Rewards = []
     min_reward_gap: float = Field(0.5, ge=0)
     """A pair needs a chosen reward this much above the rejected one's: R1V2's threshold."""
     max_pairs: int = Field(4, gt=0)
     pairs: int = Field(64, gt=0)
     """Ready pairs a step; without meaning when sampling."""
     beta: float = Field(0.1, gt=0)
-    weights: tuple[float, float, float] = (0.8, 0.2, 1.0)
+    weights: tuple[Weight, Weight, Weight] = (0.8, 0.2, 1.0)
     """Preference (DPO), quality (BCO), generation (SFT)."""
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
     generation: Literal["sequence", "token"] = "sequence"
@@ -133,6 +146,8 @@ class MPO(Stage):
     def _sampled_pairs_need_rewards(self):
         if self.sampling is not None and not self.rewards:
             raise ValueError("mpo.rewards must name at least one reward while mpo.sampling is set")
+        if self.sampling is None and self.rewards:
+            raise ValueError("mpo.rewards has no meaning while mpo.sampling is null: ready pairs are not scored")
         return self
 
 
@@ -167,17 +182,19 @@ class GRPO(Stage):
     """Passes over a step's samples."""
     mini_batches: int = Field(1, gt=0)
     """Optimizer steps a pass; the samples are dealt out so that each gets an equal share."""
-    rewards: list[RewardTerm]
+    rewards: Rewards = Field(min_length=1)
     informative_from: str
     """The reward component that decides whether a group is informative."""
     zero_uninformative: bool = True
     """Groups with equal deciding rewards get advantage 0 even if another component differs."""
     aggregate: Literal["sum", "gdpo"] = "sum"
+    advantage_scale: Literal["group", "batch", "none"] = "group"
+    """What advantages are divided by: the standard deviation of the group, of the batch, or nothing (Dr. GRPO)."""
     kind: Literal["grpo", "dr_grpo", "dapo"] = "grpo"
     average_over: Literal["kept", "all"] = "kept"
     """Responses without an advantage leave no gradient: kept averages over the others alone, so that the step does not
     shrink with them; all counts them too, as TRL and verl do, and runs them through the model for it."""
-    clip_low: float = Field(0.2, ge=0)
+    clip_low: float = Field(0.2, ge=0, le=1)
     clip_high: float = Field(0.2, ge=0)
     kl_coef: float = Field(0.0, ge=0)
     """Weight of the k3 KL to the policy at the start of the stage; 0 needs no reference log-probs."""
@@ -189,10 +206,16 @@ class GRPO(Stage):
     @model_validator(mode="after")
     def _informative_names_a_reward(self):
         names = [term.name for term in self.rewards]
-        if len(set(names)) != len(names):
-            raise ValueError(f"grpo.rewards must have distinct names, got {names}")
         if self.informative_from not in names:
             raise ValueError(f"grpo.informative_from must be one of {names}, got {self.informative_from!r}")
+        if self.overlong_cache is not None:
+            if self.overlong_cache > self.sampling.max_new_tokens:
+                longest = self.sampling.max_new_tokens
+                raise ValueError(
+                    f"overlong_cache must be at most max_new_tokens = {longest}, got {self.overlong_cache}"
+                )
+            if "overlong" in names:
+                raise ValueError("a reward named 'overlong' would be mistaken for the penalty of grpo.overlong_cache")
         return self
 
 
@@ -226,7 +249,7 @@ class Data(Section):
 
 
 class Evaluation(Section):
-    sets: dict[str, str]
+    sets: dict[str, str] = Field(min_length=1)
     """Name -> file of held-out records."""
     every: int = Field(50, gt=0)
     """Steps between evaluations while a policy stage trains; it is also evaluated before and after every stage."""
@@ -238,6 +261,8 @@ class Evaluation(Section):
     """The rule that counts an answer as right; a reward function, and right is 1 or more."""
     time_limit: float | None = Field(600.0, gt=0)
     """Seconds for the rule on all answers of a set; null waits for ever."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """As for a reward: an answer scored NaN stops the run, or counts as unscored."""
 
 
 class Checkpoint(Section):
@@ -246,7 +271,8 @@ class Checkpoint(Section):
     keep: int = Field(2, gt=0)
     """Newest checkpoints kept."""
     best: str | None = None
-    """An evaluation's metric, such as eval/clean/accuracy: the policy with the best one is kept in best/."""
+    """An evaluation's metric, such as eval/clean/accuracy: the policy with the best one is kept in best/. While a stage
+    trains that is the metric of evaluation.records, at its end of all records."""
     best_is: Literal["highest", "lowest"] = "highest"
 
 
@@ -284,13 +310,20 @@ class Recipe(Section):
                 raise ValueError(f"run.stages names {stage!r}, but the recipe has no section {stage!r}")
         if len(set(self.run.stages)) != len(self.run.stages):
             raise ValueError(f"run.stages must not repeat a stage, got {self.run.stages}")
+        for index, stage in enumerate(self.run.stages):
+            terms = getattr(getattr(self, stage), "rewards", [])
+            if any(term.function == "reward_model" for term in terms) and "reward" not in self.run.stages[:index]:
+                raise ValueError(f"{stage}.rewards uses reward_model, but no stage 'reward' comes before it")
+        known = [f"eval/{name}/{metric}" for name in self.evaluation.sets for metric in METRICS]
+        if self.checkpoint.best is not None and self.checkpoint.best not in known:
+            raise ValueError(f"checkpoint.best must be one of {known}, got {self.checkpoint.best!r}")
         return self
 
 
 def load(recipe: str, overrides: list[str]) -> Recipe:
     """The recipe (a name or a path) with `a.b=c` overrides applied; raises ValueError with what to write instead."""
     path = find(recipe)
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    values = _yaml(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a mapping of sections, got {type(values).__name__}")
     for override in overrides:
@@ -329,22 +362,30 @@ def _override(values: dict[str, Any], override: str) -> None:
         node = node[section]
         if not isinstance(node, dict):
             raise ValueError(f"override {override!r}: {section!r} is not a section")
-    node[last] = yaml.safe_load(text)
+    node[last] = _yaml(text, f"override {override!r}")
+
+
+def _yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source}: not YAML: {' '.join(str(error).split())}") from error
 
 
 def _explain(problem: Any) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         return f"unknown key {key!r}{_closest(str(problem['loc'][-1]), _fields_at(problem['loc'][:-1]))}"
-    got = f", got {problem['input']!r}" if problem["loc"] and problem["type"] != "missing" else ""
-    return f"{key or 'recipe'}: {problem['msg']}{got}"
+    said = problem["msg"].removeprefix("Value error, ")  # our validators say what they got
+    got = "" if problem["type"] in ("missing", "value_error") else f", got {problem['input']!r}"
+    return f"{key or 'recipe'}: {said}{got}"
 
 
 def _fields_at(location: tuple) -> list[str]:
-    """Field names of the section at `location`, followed through optional and list types."""
+    """Field names of the section at `location`, followed through optional, list and dict types."""
     section: Any = Recipe
     for part in location:
-        if isinstance(part, int):
+        if part not in section.model_fields:  # an index, or a key of the user's
             continue
         section = _section_type(section.model_fields[part].annotation)
     return list(section.model_fields)

@@ -32,7 +32,7 @@ class Log:
     def say(self, sentence: str, *, once: str | None = None) -> None:
         """Print a sentence; one with the same `once` is said a single time."""
         if once is None or once not in self._said:
-            self.console.print(sentence)
+            self.console.print(sentence, markup=False)
             self._said.add(once or "")
 
     def start(self, stage: str, total: int, completed: int) -> None:

@@ -102,6 +102,46 @@ def test_a_batch_of_text_and_image_records_has_the_gradient_of_each_alone(name, 
     assert parts == len(samples) and far(apart, mixed) <= 1e-10
 
 
+def test_a_part_that_sees_nothing_of_a_micro_batch_adds_nothing(tmp_path, reward):
+    """Vision alone trains, and the micro-batch is text."""
+    own = ["data.make=null", f"data.folder={EXAMPLE}", "grpo.data=records.jsonl", "grpo.train=[vision]"]
+    more = [*own, "grpo.sampling.prompts=8", "evaluation.sets={own: records.jsonl}", "grpo.micro_batch_tokens=1"]
+    folder = run.train(recipe_of(tmp_path / "a", reward, *more, "run.stages=[grpo]"))
+    assert any(line.get("grad_norm", 0) > 0 for line in read(folder / "metrics.jsonl"))
+
+
+def test_the_metrics_of_mpo_do_not_depend_on_micro_batches(tmp_path, reward):
+    stage = stage_of("mpo", tmp_path, reward)
+    with torch.no_grad():
+        for parameter in stage.model.parameters.values():
+            parameter.mul_(1.3)  # away from the reference
+    samples = stage.collect(0, {})
+    found = []
+    for budget in (None, 2 * padded_tokens(samples[:1])):
+        mean = Mean(sums=("num_tokens", *stage.shares))
+        for part in micro_batches(samples, budget):
+            own = {}
+            stage.loss(part, samples, own)
+            mean.add(own, weight=stage.weight(part))
+        found.append({name: float(value) for name, value in mean.values().items()})
+    assert found[1] == pytest.approx(found[0], rel=1e-4, abs=1e-6) and found[0]["mpo/preference"] > 0.1
+
+
+def test_a_rehearsal_is_the_largest_that_a_step_can_be(tmp_path, reward):
+    for more, factor in (
+        ([], 1),
+        (["grpo.mini_batches=3"], 1 / 3),
+        (["grpo.kl_coef=0.1"], 2),
+        (["grpo.average_over=all"], 2),
+    ):
+        stage = stage_of("grpo", tmp_path, reward, *more)
+        assert len(stage.largest()) == 6 * 4 * factor
+        for step in range(3):
+            samples = stage.collect(step, {})
+            met = max(padded_tokens(batch) for batch in stage.mini_batches(samples, step))
+            assert met <= padded_tokens(stage.largest())
+
+
 def test_mini_batches_share_out_the_samples_and_their_gradients_average_to_the_whole(tmp_path, reward):
     stage = stage_of("grpo", tmp_path, reward, "grpo.mini_batches=2", "grpo.updates_per_rollout=2", double=True)
     samples = stage.collect(0, {})
@@ -181,12 +221,46 @@ def test_dynamic_sampling_fills_the_batch_with_informative_groups(tmp_path, rewa
     assert len(short.collect(0, metrics)) % 4 == 0 and short.rounds == 2
 
 
+def test_dynamic_sampling_without_an_informative_group_falls_back_on_the_buffer(tmp_path, reward):
+    stage = stage_of("grpo", tmp_path, reward, "grpo.dynamic_sampling.max_rounds=2")
+    stage.collect(0, {})
+    held = len(stage.buffer)
+    assert held > 0
+    stage.judge.functions["answer"] = lambda prompts, completions, **_: [1.0] * len(completions)
+    metrics = {}
+    samples = stage.collect(1, metrics)
+    assert metrics["dynamic_sampling/rounds"] == 2 and metrics["frac_informative"] == 0
+    assert samples and all(sample.replayed for sample in samples)
+
+
+@pytest.mark.parametrize("ratio", ["stored", "decoupled"])
+def test_replayed_samples_keep_their_ratio_to_what_sampled_them(ratio, tmp_path, reward):
+    more = [f"grpo.buffer.ratio={ratio}", "grpo.behaviour_cap=1.01", "grpo.updates_per_rollout=2"]
+    stage = stage_of("grpo", tmp_path, reward, *more, double=True)
+    stage.collect(0, {})
+    with torch.no_grad():
+        for parameter in stage.model.parameters.values():
+            parameter.mul_(1.2)
+    stage.judge.functions["answer"] = lambda prompts, completions, **_: [1.0] * len(completions)
+    samples = stage.collect(1, {})
+    assert samples and all(sample.replayed for sample in samples)
+    metrics = {}
+    stage.loss(samples, samples, metrics)
+    if ratio == "stored":  # PPO's ratio to the behaviour; no weight
+        assert metrics["ratio/mean"] != 1
+        assert metrics["sampling/importance_sampling_ratio/max"] == 1
+    else:  # the policy before this step is the old one, and the weight is capped
+        assert metrics["ratio/mean"] == pytest.approx(1, abs=1e-6)
+        assert metrics["sampling/importance_sampling_ratio/max"] == pytest.approx(1.01)
+
+
 def test_overlong_responses_are_penalised_and_truncated_ones_masked(tmp_path, reward):
     stage = stage_of("grpo", tmp_path, reward, "grpo.overlong_cache=4", "grpo.mask_truncated=true", "grpo.buffer=null")
     metrics = {}
     samples = stage.collect(0, metrics)
     assert stage.judge.names == ["answer", "overlong"] and -1 <= metrics["rewards/overlong/mean"] < 0
     end = stage.context.policy.tokenizer.eos_token_id
+    assert stage.judge.weights.tolist() == [1.0, 1.0]
     assert metrics["completions/clipped_ratio"] > 0
     assert samples and all(sample.sequence.response_ids[-1] == end for sample in samples)
 
@@ -260,6 +334,25 @@ def test_mixed_precision_keeps_what_trains_in_fp32_and_saves_the_models_dtype(tm
     assert moved == {"adapter"}
 
 
+def test_fp16_that_overflows_for_ever_stops_and_its_scale_is_checkpointed():
+    parameter = torch.nn.Parameter(torch.ones(1))
+
+    def made():
+        return Optimizer({"x": parameter}, config.Optimizer(lr=0.1), dtype=torch.float16)
+
+    optimizer = made()
+    overflows = 0
+    while True:
+        optimizer.backward((parameter * torch.inf).sum())
+        overflows += 1
+        if optimizer.lost(optimizer.step(0.1)):
+            break
+    assert 10 < overflows < 30 and parameter.item() == 1
+    other = made()
+    other.load_state(*optimizer.state())
+    assert other.scaler.get_scale() == optimizer.scaler.get_scale() < made().scaler.get_scale()
+
+
 def test_fp16_scales_its_loss_and_survives_an_overflow():
     parameter = torch.nn.Parameter(torch.ones(1))
     optimizer = Optimizer({"x": parameter}, config.Optimizer(lr=0.1), dtype=torch.float16)
@@ -325,6 +418,18 @@ def test_merged_lora_answers_as_it_did_and_loads_without_peft(tmp_path, reward):
     assert answers(stage.model) == adapted
     state, own = context.policy.root.state_dict(), stage.model.root.state_dict()
     assert state.keys() == own.keys() and all(torch.equal(state[name], own[name]) for name in own)
+
+
+def test_the_update_of_lora_is_alpha_over_rank_times_b_a(tmp_path, reward):
+    stage = stage_of("mpo", tmp_path, reward, "mpo.lora={llm: {rank: 4, alpha: 6, targets: [q_proj]}}")
+    name = next(n for n in stage.model.parameters if "lora_A" in n)
+    a, b = stage.model.parameters[name], stage.model.parameters[name.replace("lora_A", "lora_B")]
+    with torch.no_grad():
+        b.fill_(0.5)
+    base = name.split(".lora_A")[0]
+    before = stage.model.root.state_dict()[f"{base}.base_layer.weight"]
+    merged = lora.merged_state(stage.model.root)[f"{base}.weight"]
+    torch.testing.assert_close(merged - before, 6 / 4 * b @ a)
 
 
 def test_lora_names_what_it_lacks(tmp_path, reward, monkeypatch):

@@ -15,7 +15,7 @@ from r1v2_fast import config
 from r1v2_fast.log import Log, read
 from r1v2_fast.train import run
 from r1v2_fast.train.checkpoint import META, TENSORS
-from r1v2_fast.train.stop import Stopped
+from r1v2_fast.train.stop import Stopped, StopRequest
 
 OVERRIDES = [
     "align.steps=6", "reward.steps=4", "mpo.steps=5", "grpo.steps=8", "align.batch_size=8", "run.threads=1",
@@ -147,6 +147,69 @@ def test_a_signal_checkpoints_the_step_and_leaves(signum, tmp_path, short, monke
     assert (whole / "final/model.safetensors").read_bytes() == (again / "final/model.safetensors").read_bytes()
 
 
+def interrupted_after_every_product(recipe, name, monkeypatch, *more):
+    """The run, stopped each time a stage's product stands, and resumed."""
+    write, written = run.write_folder, []
+
+    def write_and_stop(path, content):
+        write(path, content)
+        if path.parent.name == "stages" and path.name not in written:
+            written.append(path.name)
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "write_folder", write_and_stop)
+        for attempt in range(6):
+            try:
+                return run.train(recipe(name, *more), resume=attempt > 0), written
+            except KeyboardInterrupt:
+                continue
+    raise AssertionError(f"never finished, wrote {written}")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["model.dtype=bfloat16"],
+        ["reward.train=[adapter, vision]"],
+        ["mpo.train=[adapter, vision]", "mpo.steps=2", "grpo.lora={vision: {rank: 2}}"],
+        ["run.stages=[reward, mpo, grpo]"],  # a model that needs no warm start
+    ],
+    ids=["bf16", "reward trains vision", "policy trains vision", "reward first"],
+)
+def test_a_stop_between_stages_changes_no_bit(more, tmp_path, recipe, monkeypatch):
+    few = ["align.steps=3", "reward.steps=2", "grpo.steps=3", "evaluation.every=5", "checkpoint.best=null", *more]
+    whole = run.train(recipe("whole", *few))
+    again, stops = interrupted_after_every_product(recipe, "stopped", monkeypatch, *few)
+    assert stops == [p.name for p in sorted((whole / "stages").iterdir(), key=lambda p: p.stat().st_mtime)]
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        left, right = ([{**ln, "time": 0, "step_time": 0} for ln in read(f / name)] for f in (whole, again))
+        assert left == right
+    assert (whole / "final/model.safetensors").read_bytes() == (again / "final/model.safetensors").read_bytes()
+
+
+def test_an_evaluation_that_draws_random_numbers_resumes_too(tmp_path, short, monkeypatch):
+    score = tmp_path / "score.py"
+    score.write_text(
+        "import random\n\n\ndef s(completions, **_):\n    return [random.random() * 2 for _ in completions]\n"
+    )
+    more = [f"evaluation.score={score}:s", "grpo.steps=3"]
+    whole = run.train(short("whole", *more))
+    again, _ = interrupted_after_every_product(short, "stopped", monkeypatch, *more)
+    assert [ln.get("eval/clean/accuracy") for ln in read(whole / "metrics.jsonl")] == [
+        ln.get("eval/clean/accuracy") for ln in read(again / "metrics.jsonl")
+    ]
+
+
+def test_children_that_a_reward_forks_end_at_sigterm():
+    with StopRequest() as stop:
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
+        child.start()
+        child.terminate()
+        child.join(10)
+        assert child.exitcode == -signal.SIGTERM and stop.signum == 0
+
+
 def test_a_start_evaluation_and_its_stage_survive_a_resume(tmp_path, short, monkeypatch):
     stopped_at(monkeypatch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Stopped):
@@ -192,6 +255,39 @@ def test_a_partial_folder_is_never_chosen(tmp_path, short, monkeypatch):
     assert sorted(p.name for p in folder.iterdir()) == ["grpo-000006", "grpo-000007.partial", "grpo-000008"]
 
 
+def test_a_broken_checkpoint_ahead_does_not_outlive_a_new_one(tmp_path, short, monkeypatch):
+    more = ["checkpoint.keep=1"]
+    checkpointed(short, monkeypatch, "b", *more)
+    folder = tmp_path / "b" / "checkpoints"
+    (folder / "grpo-000005" / TENSORS).write_bytes(b"x")
+    (folder / ".nfs0001").touch()  # not ours
+    stopped_at(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped, match="after step 3"):
+        run.train(short("b", *more), resume=True)
+    assert sorted(p.name for p in folder.iterdir()) == [".nfs0001", "grpo-000003", "grpo-000005.broken"]
+
+
+@pytest.mark.parametrize("place", ["best", "stages", "final"])
+def test_a_full_disk_under_a_product_is_a_sentence_too(place, tmp_path, short, monkeypatch):
+    from r1v2_fast.models.policy import Policy
+
+    save = Policy.save
+
+    def full(self, path):
+        if f"/{place}" in str(path):
+            raise OSError(28, "No space left on device")
+        save(self, path)
+
+    more = ["grpo.steps=2", "evaluation.every=1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Policy, "save", full)
+        with pytest.raises(
+            RuntimeError, match=rf"cannot write .*{place}.*No space left on device; make room and resume"
+        ):
+            run.train(short("b", *more))
+    run.train(short("b", *more), resume=True)
+
+
 def test_a_checkpoint_of_another_architecture_names_the_parameter(tmp_path, short, monkeypatch):
     run.train(short("model", "grpo.steps=1"))
     source = ["model.preset=null", f"model.path={tmp_path / 'model' / 'final'}"]
@@ -232,7 +328,7 @@ def test_a_full_disk_stops_the_run_with_the_last_checkpoint_intact(tmp_path, sho
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(
-        RuntimeError, match=r"cannot write checkpoint .*grpo-000004.*No space left.*grpo-000002 is intact"
+        RuntimeError, match=r"cannot write .*grpo-000004.*No space left.*grpo-000002 is intact"
     ):
         run.train(short("b"))
     assert [p.name for p in (tmp_path / "b" / "checkpoints").iterdir()] == ["grpo-000002"]
@@ -249,8 +345,8 @@ def test_the_newest_checkpoints_and_the_best_policy_are_kept(tmp_path, short):
     name = "eval/clean/hallucination"
     seen = [ln[name] for ln in read(folder / "metrics.jsonl") if ln["stage"] == "grpo" and name in ln]
     assert best["value"] == min(seen) and best["metric"] == name
-    with pytest.raises(ValueError, match=r"checkpoint.best must be one of \['eval/clean/accuracy'.*got 'accuracy'"):
-        run.train(short("b", "checkpoint.best=accuracy"))
+    steps = [ln["step"] for ln in read(folder / "metrics.jsonl") if ln["stage"] == "grpo" and ln.get(name) == min(seen)]
+    assert best["step"] == steps[0], "ties keep the earlier one"
 
 
 def test_what_may_change_at_a_resume_may_and_the_rest_is_named(tmp_path, short, monkeypatch):
@@ -258,3 +354,37 @@ def test_what_may_change_at_a_resume_may_and_the_rest_is_named(tmp_path, short, 
     with pytest.raises(ValueError, match=r"grpo.optimizer.lr \(0.001 in the run, 0.5 now\)"):
         run.train(short("b", "grpo.optimizer.lr=0.5"), resume=True)
     run.train(short("b", "checkpoint.every=3", "grpo.micro_batch_tokens=500", "samples_every=3"), resume=True)
+    with pytest.raises(ValueError, match="holds a run; add --resume"):
+        run.train(short("b"))
+
+
+def test_a_moved_run_resumes_and_a_stage_that_has_not_begun_may_be_mended(tmp_path, recipe, monkeypatch):
+    stopped_at(monkeypatch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped):
+        run.train(recipe("a"))  # in align
+    shutil.move(tmp_path / "a", tmp_path / "moved")
+    with pytest.raises(ValueError, match="it differs in align.batch_size"):
+        run.train(recipe("moved", "align.batch_size=4"), resume=True)
+    folder = run.train(recipe("moved", "grpo.sampling.prompts=4", "mpo.steps=2"), resume=True)
+    assert sum("pairs" in line for line in read(folder / "metrics.jsonl") if line["stage"] == "mpo") == 2
+
+
+def test_a_typo_in_a_later_stage_is_found_before_the_first_step(tmp_path, recipe):
+    for more, message in (
+        ([f"mpo.rewards=[{{name: answer, function: '{tmp_path}/reward.py:lettres'}}]"], "has no function 'lettres'"),
+        (["grpo.data=polici.parquet"], "no such data file: .*polici.parquet"),
+        (["grpo.lora={llm: {targets: [qproj]}}"], "lora.llm.targets must be among"),
+        (["evaluation.score=exact"], "got 'exact'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run.train(recipe("a", *more))
+        assert not (tmp_path / "a" / "metrics.jsonl").exists()
+
+
+def test_a_resume_on_changed_data_says_so(tmp_path, short, monkeypatch, capsys):
+    checkpointed(short, monkeypatch)
+    capsys.readouterr()
+    with (tmp_path / "reward.py").open("a") as reward:
+        reward.write("\n# another comment\n")
+    run.train(short("b"), resume=True)
+    assert "reward.pyhaschangedsincetherunbegan" in "".join(capsys.readouterr().out.split())

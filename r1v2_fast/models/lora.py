@@ -26,8 +26,18 @@ def inject(model: nn.Module, parts: Mapping[Part, LoRA], *, seed: int) -> None:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ImportError("lora needs peft: pip install 'r1v2-fast[lora]'") from error
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
+    chosen = layers(model, parts)
+    ranks = {name: settings.rank for name, settings in chosen.items()}
+    alphas = {name: settings.alpha for name, settings in chosen.items()}
+    config = LoraConfig(target_modules=list(ranks), rank_pattern=ranks, alpha_pattern=alphas)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, model)
+
+
+def layers(model: nn.Module, parts: Mapping[Part, LoRA]) -> dict[str, LoRA]:
+    """The linear layers that `parts` name, with their settings; raises ValueError where a part has no such layer."""
+    found: dict[str, LoRA] = {}
     for part, settings in parts.items():
         linear = [
             n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head" and part_of(n) == part
@@ -36,12 +46,8 @@ def inject(model: nn.Module, parts: Mapping[Part, LoRA], *, seed: int) -> None:
         if not chosen:
             known = sorted({name.rsplit(".", 1)[-1] for name in linear})
             raise ValueError(f"lora.{part}.targets must be among {known}, got {settings.targets}")
-        ranks |= dict.fromkeys(chosen, settings.rank)
-        alphas |= dict.fromkeys(chosen, settings.alpha)
-    config = LoraConfig(target_modules=list(ranks), rank_pattern=ranks, alpha_pattern=alphas)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        inject_adapter_in_model(config, model)
+        found |= dict.fromkeys(chosen, settings)
+    return found
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from r1v2_fast.data.collate import Sequence
@@ -12,6 +13,17 @@ class Sample(Protocol):
     @property
     def sequences(self) -> list[Sequence]:
         """What must stand in one forward: a response, or both sides of a pair."""
+
+
+@dataclass(frozen=True)
+class Single:
+    """A sequence and nothing else."""
+
+    sequence: Sequence
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        return [self.sequence]
 
 
 S = TypeVar("S", bound=Sample)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from r1v2_fast.atomic import write_folder
@@ -49,16 +48,14 @@ class Checkpoints:
         target = self.folder / f"{stage.name}-{step:06d}"
         try:
             write_folder(target, lambda folder: _write(folder, tensors, state))
-        except (OSError, SafetensorError) as error:
-            size = sum(tensor.nbytes for tensor in tensors.values())
-            free = shutil.disk_usage(self.folder).free
-            whole = self._found(stage)
-            raise RuntimeError(
-                f"cannot write checkpoint {target}: {error}; it takes {size / 1e6:.0f} MB, {free / 1e6:.0f} MB are free. "
-                f"{f'{whole[-1]} is intact' if whole else 'There is no earlier one'}: make room and resume"
-            ) from error
-        for older in self._found(stage)[: -self.keep]:
-            shutil.rmtree(older)
+        except RuntimeError as error:
+            size, whole = sum(tensor.nbytes for tensor in tensors.values()), self._found(stage)
+            intact = f"{whole[-1]} is intact" if whole else "there is no earlier one"
+            raise RuntimeError(f"{error}. The checkpoint takes {size / 1e6:.0f} MB; {intact}") from error
+        found = self._found(stage)
+        now = found.index(target) + 1
+        for other in (*found[:now][: -self.keep], *found[now:]):  # the old, and what another history left ahead
+            shutil.rmtree(other)
 
     def load(self, stage: Stage, optimizer: Optimizer) -> int:
         """Restore the newest whole checkpoint of `stage`; returns the steps done, 0 where there is none.

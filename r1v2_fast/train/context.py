@@ -56,10 +56,14 @@ class Reader:
         self.encoder = PromptEncoder(loaded.tokenizer, loaded.model.config.image_seq_length)
         self.pad_id = loaded.tokenizer.pad_token_id
         self.image_token_id = loaded.model.config.image_token_id
+        self.config = loaded.model.config
 
     def prompt(self, dataset: Dataset, record: Record) -> Prompt:
         keys = dataset.image_keys(record)
-        tiles = self.pixels.tiles(keys)
+        pixels = self.pixels(keys)
+        for tiles_T3HW in pixels:
+            self._check_tile(record, *tiles_T3HW.shape[-2:])
+        tiles = [tiles_T3HW.shape[0] for tiles_T3HW in pixels]
         ids = self.encoder.encode(record, tiles)
         got, expected = ids.count(self.image_token_id), sum(tiles) * self.encoder.image_tokens_per_tile
         if got != expected:
@@ -69,8 +73,24 @@ class Reader:
         return Prompt(record.id, ids, keys)
 
     def prompts(self, dataset: Dataset, records: list[Record]) -> list[Prompt]:
-        self.pixels([key for record in records for key in dataset.image_keys(record)])  # one batch, then hits
         return [self.prompt(dataset, record) for record in records]
+
+    def _check_tile(self, record: Record, height: int, width: int) -> None:
+        """What the tower makes of a tile's pixels must be what the prompt leaves room for."""
+        patch = self.config.vision_config.patch_size
+        rows, columns = patch if isinstance(patch, (list, tuple)) else (patch, patch)
+        made = (height // rows) * (width // columns) * self.config.downsample_ratio**2
+        expected = self.encoder.image_tokens_per_tile
+        if made != expected:
+            raise ValueError(
+                f"{record.where}, field 'images': expected tiles that make {expected} image tokens each, got {made:g} "
+                f"from {height}x{width} pixels; image_seq_length in config.json or the image processor's size is wrong"
+            )
+
+    def image_tokens(self, record: Record) -> int:
+        """Image tokens of a record at the most, without a look at its pictures."""
+        tiles = self.pixels.max_tiles + 1 if getattr(self.pixels.processor, "crop_to_patches", False) else 1
+        return len(record.images) * tiles * self.encoder.image_tokens_per_tile
 
     def batch(self, sequences: list[Sequence], device: torch.device | str) -> Batch:
         return collate(sequences, self.pad_id).to(device)

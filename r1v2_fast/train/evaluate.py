@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -27,22 +28,29 @@ class Result(NamedTuple):
 def evaluate(
     policy: Policy, reader: Reader, dataset: Dataset, config: Evaluation, *, records: int | None = None
 ) -> Result:
-    """accuracy and format; hallucination, overall and among right and wrong answers, for records with `digits`."""
+    """accuracy of the answers that could be scored, and format; hallucination, overall and among right and wrong answers,
+    for records with `digits`; the shares that were cut short and that were not scored.
+    """
     chosen = dataset.records[:records]
     completions: list[str] = []
+    finished: list[bool] = []
     for start in range(0, len(chosen), config.batch_size):
         prompts = reader.prompts(dataset, chosen[start : start + config.batch_size])
         responses = rollout(policy, prompts, group_size=1, max_new_tokens=config.max_new_tokens, temperature=0.0)
+        finished += [response.finished for response in responses]
         completions += [reader.encoder.decode(response.ids) for response in responses]
     arguments = arguments_of(chosen, completions)
     where = [record.where for record in chosen]
     function = load_reward(config.score)
-    scores = score(config.score, function, *arguments, where, time_limit=config.time_limit, on_nan="skip")
+    scores = score(config.score, function, *arguments, where, time_limit=config.time_limit, on_nan=config.on_nan)
+    unscored = sum(map(math.isnan, scores))
     right = [value >= 1.0 for value in scores]
     metrics = {
-        "accuracy": sum(right) / len(right),
+        "accuracy": sum(right) / (len(right) - unscored) if unscored < len(right) else math.nan,
         "format": sum(think_format(arguments[0], completions)) / len(right),
         "records": float(len(right)),
+        "unscored": unscored / len(right),
+        "clipped_ratio": 1 - sum(finished) / len(right),
     }
     if all(isinstance(record.columns.get("digits"), str) for record in chosen):
         metrics |= hallucination.rates(completions, [record.columns["digits"] for record in chosen], right)
@@ -51,6 +59,7 @@ def evaluate(
 
 def evaluate_sets(context: Context, stage: str, step: int, records: int | None) -> dict[str, float]:
     """Every evaluation set, logged as eval/<set>/<metric>."""
+    context.seed_globals(f"{stage}/evaluation", step)  # a score of the user's may draw from them
     metrics: dict[str, float] = {}
     for name, file in context.recipe.evaluation.sets.items():
         dataset = context.corpus.dataset(file)

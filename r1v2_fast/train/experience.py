@@ -13,6 +13,7 @@ from r1v2_fast.config import RewardTerm, Sampling
 from r1v2_fast.data.collate import Sequence
 from r1v2_fast.data.records import Dataset, Record, draw
 from r1v2_fast.judge.panel import Panel
+from r1v2_fast.train.batching import Single, micro_batches
 from r1v2_fast.train.context import Context
 from r1v2_fast.train.rollout import Prompt, Response, rollout
 
@@ -52,14 +53,21 @@ class Experience:
         return self.rewards_NR[:, self.names.index(name)]
 
 
-def panel(context: Context, terms: list[RewardTerm], *, overlong: tuple[int, int] | None = None) -> Panel:
-    """The reward components of a stage, with the run's reward model where it has one."""
+def panel(
+    context: Context, terms: list[RewardTerm], budget: int | None, *, overlong: tuple[int, int] | None = None
+) -> Panel:
+    """The reward components of a stage, with the run's reward model where it has one, in micro-batches of `budget`."""
     model = context.reward_model
 
     @torch.no_grad()
     def model_scores(sequences: list[Sequence]) -> torch.Tensor:
         assert model is not None
-        return model.scores(context.reader.batch(sequences, context.device)).cpu()
+        samples = [Single(sequence) for sequence in sequences]
+        scores: dict[int, torch.Tensor] = {}
+        for part in micro_batches(samples, budget):
+            batch = context.reader.batch([sample.sequence for sample in part], context.device)
+            scores |= zip(map(id, part), model.scores(batch).cpu(), strict=True)
+        return torch.stack([scores[id(sample)] for sample in samples])
 
     return Panel(terms, model_scores=model_scores if model else None, overlong=overlong)
 
@@ -123,8 +131,9 @@ def pairs_by_gap(totals_N: torch.Tensor, group_size: int, *, min_gap: float, max
 def reward_metrics(experience: Experience, weights: torch.Tensor, max_new_tokens: int) -> dict[str, float]:
     """TRL's names: reward, reward_std, rewards/<name>/mean|std, completions/*."""
     totals = (experience.rewards_NR.nan_to_num() * weights).sum(1)
+    scored = experience.rewards_NR.isfinite().any(1)
     groups = totals.view(-1, experience.group_size)
-    metrics = {"reward": totals.mean().item(), "reward_std": groups.std(1).mean().item()}
+    metrics = {"reward": totals[scored].mean().item(), "reward_std": groups.std(1).mean().item()}
     metrics["frac_reward_zero_std"] = ((groups.amax(1) - groups.amin(1)) == 0).float().mean().item()
     for index, name in enumerate(experience.names):
         values = experience.rewards_NR[:, index]

@@ -67,23 +67,23 @@ def run_stage(context: Context, stage: Stage, stop: StopRequest, *, later: list[
 def _learn(stage: Stage, samples: list, optimizer: Optimizer, step: int, metrics: Metrics) -> None:
     """The optimizer steps of one step's samples."""
     rate = learning_rate(stage.settings.optimizer, step, stage.steps)
-    mean = Mean()
+    mean = Mean(sums=("num_tokens", *stage.shares))
     updates = 0
     for mini_batch in stage.mini_batches(samples, step):
         loss = torch.zeros((), device=stage.context.device)
         for part in micro_batches(mini_batch, stage.settings.micro_batch_tokens):
             own: Metrics = {}
             loss += _add_gradient(stage, part, mini_batch, optimizer, own)
-            mean.add(own, weight=own.get("num_tokens", 1))
+            mean.add(own, weight=stage.weight(part))
         norm = optimizer.step(rate)
-        if not (norm.isfinite() or optimizer.scaler.is_enabled()):
+        if optimizer.lost(norm):
             raise RuntimeError(
                 f"stage {stage.name}, step {step}: the gradient norm is {norm.item()}; the last checkpoint is intact"
             )
         if norm == 0:
             stage.context.log.say(
-                f"[{stage.name} step {step}] the gradient is exactly 0: nothing reaches the parts that train. The "
-                "adapter learns only from records with images.",
+                f"[{stage.name} step {step}] the gradient is exactly 0: no response had an advantage, or nothing reaches "
+                "the parts that train. The adapter learns only from records with images.",
                 once="zero gradient",
             )
         stage.after_update()
@@ -118,8 +118,9 @@ def _explain_idle(context: Context, stage: Stage, step: int, metrics: Metrics, i
     """Users ask why loss or reward stays 0: say it in a plain sentence, the first time and then now and again."""
     if idle in (1, 10, 100):
         share = metrics.get("frac_reward_zero_std", 1.0)
+        unscored = max((v for k, v in metrics.items() if k.endswith("/unscored")), default=0.0)
         context.log.say(
             f"[{stage.name} step {step}] nothing to learn from: {share:.0%} of the groups have equal rewards in all their "
             f"responses and none is informative ({idle} such steps in a row). Harder prompts, more responses a prompt or "
-            "a higher temperature help."
+            "a higher temperature help." + (f" {unscored:.0%} of the responses got no score." if unscored else "")
         )

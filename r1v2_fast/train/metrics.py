@@ -6,9 +6,10 @@ from typing import Any
 
 
 class Mean:
-    """Weighted means by name; */min and */max are extremes, num_tokens is a sum. Device tensors are not read."""
+    """Weighted means by name; */min and */max are extremes, and `sums` are added. Device tensors are not read."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, sums: tuple[str, ...] = ("num_tokens",)) -> None:
+        self._sums = sums
         self._values: dict[str, list[tuple[Any, float]]] = {}
 
     def add(self, metrics: dict[str, Any], *, weight: float = 1) -> None:
@@ -16,17 +17,16 @@ class Mean:
             self._values.setdefault(name, []).append((value, weight))
 
     def values(self) -> dict[str, Any]:
-        return {name: _combined(name, pairs) for name, pairs in self._values.items()}
+        return {name: self._combined(name, pairs) for name, pairs in self._values.items()}
 
-
-def _combined(name: str, pairs: list[tuple[Any, float]]) -> Any:
-    values = [value for value, _ in pairs]
-    if name == "num_tokens":
-        return sum(values)
-    if name.endswith(("/min", "/max")):
-        pick = min if name.endswith("/min") else max
-        return pick(float(value) for value in values) if len(values) > 1 else values[0]
-    if len(values) == 1:
-        return values[0]
-    total = sum(weight for _, weight in pairs)
-    return sum(value * weight for value, weight in pairs) / total
+    def _combined(self, name: str, pairs: list[tuple[Any, float]]) -> Any:
+        values = [value for value, _ in pairs]
+        if name in self._sums:
+            return sum(values)
+        if name.endswith(("/min", "/max")):
+            pick = min if name.endswith("/min") else max
+            return pick(float(value) for value in values) if len(values) > 1 else values[0]
+        if len(values) == 1:
+            return values[0]
+        total = sum(weight for _, weight in pairs)
+        return sum(value * weight for value, weight in pairs) / total

@@ -23,14 +23,17 @@ class Optimizer:
         self.scaler = torch.amp.GradScaler(values[0].device.type, enabled=dtype == torch.float16)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradient of `loss` to what has come since the last step."""
-        self.scaler.scale(loss).backward()
+        """Add the gradient of `loss` to what has come since the last step; none where nothing that trains was used."""
+        if loss.requires_grad:
+            self.scaler.scale(loss).backward()
 
     def step(self, rate: float) -> torch.Tensor:
         """Clip, step at `rate` and forget the gradient; returns the gradient's norm before clipping.
 
         A gradient that is not finite changes nothing: for the caller to stop at, or in fp16 for the scale to shrink.
         """
+        if all(parameter.grad is None for parameter in self.parameters.values()):
+            return torch.zeros(())
         self.scaler.unscale_(self.adamw)
         largest = math.inf if self.settings.max_grad_norm is None else self.settings.max_grad_norm
         norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), largest)
@@ -41,6 +44,10 @@ class Optimizer:
             self.scaler.update()
         self.adamw.zero_grad(set_to_none=True)
         return norm
+
+    def lost(self, norm: torch.Tensor) -> bool:
+        """Whether a gradient is beyond saving: not finite, and no loss scale that could shrink further to mend it."""
+        return not norm.isfinite() and not (self.scaler.is_enabled() and self.scaler.get_scale() >= 1)
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict]:
         """Tensors and JSON values."""

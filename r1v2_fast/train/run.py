@@ -11,14 +11,16 @@ import torch
 
 from r1v2_fast.atomic import write_folder
 from r1v2_fast.config import Recipe
+from r1v2_fast.judge.panel import REWARD_MODEL
+from r1v2_fast.judge.reward import load_reward
 from r1v2_fast.log import Log
 from r1v2_fast.loggers import open_loggers
-from r1v2_fast.models import load
+from r1v2_fast.models import load, lora
 from r1v2_fast.models.reward_model import RewardModel
+from r1v2_fast.run_folder import claim, note_inputs
 from r1v2_fast.train.checkpoint import Checkpoints
 from r1v2_fast.train.context import Context
 from r1v2_fast.train.evaluate import evaluate_sets
-from r1v2_fast.train.folder import claim
 from r1v2_fast.train.loop import run_stage
 from r1v2_fast.train.stages.align import AlignStage
 from r1v2_fast.train.stages.base import Stage
@@ -51,15 +53,36 @@ def train(recipe: Recipe, *, resume: bool = False, log: Log | None = None) -> Pa
     log.first_step = dict(zip(recipe.run.stages, itertools.accumulate(steps, initial=0), strict=False))
     try:
         with StopRequest() as stop:
-            _stages(Context(recipe, folder, log), stop)
+            context = Context(recipe, folder, log)
+            _check(context)
+            _stages(context, stop)
     finally:
         log.close()
     return folder
 
 
+def _check(context: Context) -> None:
+    """Every stage's data, rewards and LoRA layers before the first step: a typo must not wait for hours.
+
+    raises  ValueError
+    """
+    recipe = context.recipe
+    context.use(context.initial())
+    files: list[Path] = []
+    specs = [recipe.evaluation.score]
+    for section in (getattr(recipe, name) for name in recipe.run.stages):
+        files.append(context.corpus.dataset(section.data).path)
+        lora.layers(context.policy.root, section.lora)
+        specs += [term.function for term in getattr(section, "rewards", []) if term.function != REWARD_MODEL]
+    files += [context.corpus.dataset(file).path for file in recipe.evaluation.sets.values()]
+    for spec in specs:
+        load_reward(spec)
+    files += [Path(spec.rpartition(":")[0]) for spec in specs if ".py:" in spec]
+    note_inputs(context.folder / "inputs.json", files, context.log.say)
+
+
 def _stages(context: Context, stop: StopRequest) -> None:
     recipe, folder, log = context.recipe, context.folder, context.log
-    loaded = context.initial()
     fresh = True
     for index, name in enumerate(recipe.run.stages):
         product = folder / "stages" / name
@@ -67,12 +90,10 @@ def _stages(context: Context, stop: StopRequest) -> None:
             if name == "reward":
                 context.reward_model = RewardModel.load(product, context.reader.pixels, device=context.device)
             else:
-                loaded = load.from_folder(product, dtype=getattr(torch, recipe.model.dtype))
-                context.use(loaded)
+                context.use(load.from_folder(product, dtype=getattr(torch, recipe.model.dtype)))
             fresh = False
             continue
         if fresh:
-            context.use(loaded)
             if name != "align" and not log.evaluated("start"):  # a model that can answer is measured before it changes
                 _report(context, "start", evaluate_sets(context, "start", 0, None))
             fresh = False

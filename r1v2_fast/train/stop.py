@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType
@@ -20,6 +21,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signum = 0
+        self._pid = os.getpid()
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -32,6 +34,10 @@ class StopRequest:
             signal.signal(signum, handler)  # type: ignore[arg-type]
 
     def _asked(self, signum: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:  # a child that a reward forked: it has nothing to checkpoint
+            signal.signal(signum, signal.SIG_DFL)
+            signal.raise_signal(signum)
+            return
         if self.signum and signum == signal.SIGINT:
             raise KeyboardInterrupt
         self.signum = signum

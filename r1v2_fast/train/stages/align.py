@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from r1v2_fast import config
 from r1v2_fast.data.collate import Sequence
 from r1v2_fast.data.records import Record, draw
+from r1v2_fast.train.batching import Single
 from r1v2_fast.train.context import Context
 from r1v2_fast.train.rollout import Prompt
 from r1v2_fast.train.stages.base import Metrics, Stage
 
 
-@dataclass(frozen=True)
-class Example:
-    sequence: Sequence
-
-    @property
-    def sequences(self) -> list[Sequence]:
-        return [self.sequence]
-
-
-class AlignStage(Stage[Example]):
+class AlignStage(Stage[Single]):
     name = "align"
 
     def __init__(self, context: Context, config: config.Align):
@@ -35,21 +25,21 @@ class AlignStage(Stage[Example]):
                     f"{record.where}, field 'response': align needs a string to learn, got {record.columns.get('response')!r}"
                 )
 
-    def collect(self, step: int, metrics: Metrics) -> list[Example]:
+    def collect(self, step: int, metrics: Metrics) -> list[Single]:
         indices = draw(len(self.dataset), self.batch_size, seed=self.context.recipe.run.seed, step=step)
         records = [self.dataset[index] for index in indices]
         prompts = self.context.reader.prompts(self.dataset, records)
         return [self._example(prompt, record) for prompt, record in zip(prompts, records, strict=True)]
 
-    def largest(self) -> list[Example]:
+    def largest(self) -> list[Single]:
         record = max(self.dataset.records, key=lambda record: len(record.columns["response"]))
         return [self._example(prompt, record) for prompt in self.longest_prompts(self.batch_size)]
 
-    def _example(self, prompt: Prompt, record: Record) -> Example:
+    def _example(self, prompt: Prompt, record: Record) -> Single:
         response = self.context.reader.encoder.response(record.columns["response"])
-        return Example(Sequence(prompt.ids, response, prompt.image_keys))
+        return Single(Sequence(prompt.ids, response, prompt.image_keys))
 
-    def loss(self, samples: list[Example], whole: list[Example], metrics: Metrics) -> torch.Tensor:
+    def loss(self, samples: list[Single], whole: list[Single], metrics: Metrics) -> torch.Tensor:
         batch = self.context.reader.batch([sample.sequence for sample in samples], self.context.device)
         output = self.context.policy.response_logprobs(batch, outputs=("is_top1",))
         assert output.is_top1 is not None

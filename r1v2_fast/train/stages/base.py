@@ -10,6 +10,7 @@ import torch
 from r1v2_fast import config
 from r1v2_fast.data.collate import Sequence
 from r1v2_fast.data.layouts import text_of
+from r1v2_fast.data.records import Record
 from r1v2_fast.models.policy import Backbone
 from r1v2_fast.train.batching import Sample, micro_batches
 from r1v2_fast.train.context import Context
@@ -24,6 +25,7 @@ class Stage(Generic[S]):
 
     name: str
     trains_policy = True
+    shares: tuple[str, ...] = ()  # metrics that a loss on some samples gives as shares of the whole
 
     def __init__(self, context: Context, config: config.Stage, model: Backbone):
         self.context = context
@@ -55,16 +57,26 @@ class Stage(Generic[S]):
         """The samples of the largest step that this stage can meet, to see whether it fits into memory."""
         raise NotImplementedError
 
-    def largest_sequences(self, sampling: config.Sampling, per_prompt: int) -> list[Sequence]:
-        """The longest prompts of a rollout with `per_prompt` responses each that use all of max_new_tokens."""
+    def weight(self, samples: list[S]) -> float:
+        """What the metrics of a loss on `samples` are means over: their response tokens."""
+        return sum(len(sequence.response_ids) for sample in samples for sequence in sample.sequences)
+
+    def largest_sequences(self, sampling: config.Sampling, per_prompt: int, count: int) -> list[Sequence]:
+        """`count` responses that use all of max_new_tokens, `per_prompt` to each of the longest prompts."""
         response = [self.context.policy.tokenizer.eos_token_id] * sampling.max_new_tokens
-        prompts = self.longest_prompts(sampling.prompts)
-        return [Sequence(prompt.ids, response, prompt.image_keys) for prompt in prompts for _ in range(per_prompt)]
+        prompts = self.longest_prompts(-(-count // per_prompt))
+        sequences = [Sequence(prompt.ids, response, prompt.image_keys) for prompt in prompts for _ in range(per_prompt)]
+        return sequences[:count]
 
     def longest_prompts(self, count: int) -> list[Prompt]:
-        """By images, then by characters: neither needs a look at the pixels of all records."""
-        longest = sorted(self.dataset.records, key=lambda record: (-len(record.images), -len(text_of(record.prompt))))
-        return self.context.reader.prompts(self.dataset, (longest * -(-count // len(longest)))[:count])
+        """The longest by either of two estimates, of a token a character and of one in four; only those are encoded."""
+        reader = self.context.reader
+        found: dict[str, Record] = {}
+        for tokens in (1.0, 0.25):
+            estimates = [(reader.image_tokens(r) + tokens * len(text_of(r.prompt)), r) for r in self.dataset.records]
+            found |= {r.id: r for _, r in sorted(estimates, key=lambda pair: -pair[0])[:count]}
+        longest = sorted(reader.prompts(self.dataset, list(found.values())), key=lambda prompt: -len(prompt.ids))
+        return (longest * -(-count // len(longest)))[:count]
 
     def response_logprobs(self, samples: list[S], *, temperature: float) -> list[list[torch.Tensor]]:
         """Per-token log-probs of each sequence of each sample, without gradient, in micro-batches; on the CPU."""

@@ -42,7 +42,7 @@ class GRPOStage(Stage[Sample]):
         self.config = config
         self.rounds = 0  # rollouts so far: the position in the data
         overlong = (config.sampling.max_new_tokens, config.overlong_cache) if config.overlong_cache else None
-        self.judge = panel(context, config.rewards, overlong=overlong)
+        self.judge = panel(context, config.rewards, config.micro_batch_tokens, overlong=overlong)
         self.buffer = (
             SelectiveSampleBuffer(
                 config.buffer.capacity,
@@ -94,10 +94,13 @@ class GRPOStage(Stage[Sample]):
 
     def largest(self) -> list[Sample]:
         sampling = self.config.sampling
+        count = sampling.prompts * sampling.group_size
+        if self.buffer is not None and (not self.skip_zero or self.config.average_over == "all"):
+            count *= 2  # replayed responses stand beside fresh ones without an advantage
         zeros = torch.zeros(sampling.max_new_tokens)
         return [
             Sample(sequence, 1.0, zeros, ref_logprobs=None if self.skip_zero else zeros)
-            for sequence in self.largest_sequences(sampling, sampling.group_size)
+            for sequence in self.largest_sequences(sampling, sampling.group_size, -(-count // self.config.mini_batches))
         ]
 
     def loss(self, samples: list[Sample], whole: list[Sample], metrics: Metrics) -> torch.Tensor:
@@ -177,6 +180,7 @@ class GRPOStage(Stage[Sample]):
                 experience.group_size,
                 component_weights=self.judge.weights,
                 aggregate=self.config.aggregate,
+                scale=self.config.advantage_scale,
                 informative_from=experience.component(self.config.informative_from),
                 zero_uninformative=self.config.zero_uninformative,
             )
@@ -189,7 +193,7 @@ class GRPOStage(Stage[Sample]):
         if dynamic is None:
             return experience, advantages, informative
         metrics["dynamic_sampling/rounds"] = len(rounds)
-        batch = found[: sampling.prompts]
+        batch = found[: sampling.prompts] or list(range(sampling.prompts))  # nothing informative: the buffer fills it
         return experience.groups(batch), advantages.view(len(informative), -1)[batch].flatten(), informative[batch]
 
     def _keeps_zero(self, experience: Experience, i: int) -> bool:
@@ -251,7 +255,7 @@ def _stored(experience: Experience, i: int) -> dict[str, Any]:
     """A response as the buffer keeps it."""
     sequence = experience.sequence(i)
     return {
-        "prompt_ids": sequence.prompt_ids,
+        "prompt_ids": torch.tensor(sequence.prompt_ids, dtype=torch.int32),
         "response_ids": torch.tensor(sequence.response_ids),
         "behaviour_logprobs": experience.responses[i].logprobs,
         "image_keys": sequence.image_keys,
@@ -262,7 +266,7 @@ def _restored(unit: Unit) -> list[Sample]:
     """A unit's samples with an advantage; the others have nothing to teach."""
     return [
         Sample(
-            Sequence(stored["prompt_ids"], stored["response_ids"].tolist(), stored["image_keys"]),
+            Sequence(stored["prompt_ids"].tolist(), stored["response_ids"].tolist(), stored["image_keys"]),
             advantage,
             stored["behaviour_logprobs"],
             replayed=True,

@@ -33,6 +33,7 @@ class Pair:
 
 class MPOStage(Stage[Pair]):
     name = "mpo"
+    shares = ("mpo/preference", "mpo/quality", "mpo/generation")
 
     def __init__(self, context: Context, config: config.MPO):
         super().__init__(context, config, context.policy)
@@ -40,7 +41,7 @@ class MPOStage(Stage[Pair]):
         self.model.keep_reference()
         self.shift = ops.RewardShift()
         self.temperature = config.sampling.temperature if config.sampling else 1.0
-        self.judge = panel(context, config.rewards) if config.sampling else None
+        self.judge = panel(context, config.rewards, config.micro_batch_tokens) if config.sampling else None
         self._ready: dict[int, Pair] = {}
         self._rewards: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -72,12 +73,15 @@ class MPOStage(Stage[Pair]):
         self._add_reference(pairs)
         return pairs
 
+    def weight(self, samples: list[Pair]) -> float:
+        return len(samples)
+
     def largest(self) -> list[Pair]:
         sampling = self.config.sampling
         if sampling is None:
             pairs = [self._ready[i] for i in sorted(self._ready, key=lambda i: -padded_tokens([self._ready[i]]))]
             return pairs[: self.config.pairs]
-        sides = self.largest_sequences(sampling, self.config.max_pairs)
+        sides = self.largest_sequences(sampling, self.config.max_pairs, sampling.prompts * self.config.max_pairs)
         zeros = torch.zeros(sampling.max_new_tokens)
         return [Pair(side, side, (zeros, zeros)) for side in sides]
 

@@ -35,9 +35,12 @@ class RewardStage(Stage[Pair]):
     model: RewardModel
 
     def __init__(self, context: Context, config: config.Reward):
-        super().__init__(context, config, RewardModel.from_policy(context.policy))
+        model = RewardModel.from_policy(context.policy)
+        if "vision" in {*config.train, *config.lora}:
+            model.own_tower()
+        super().__init__(context, config, model)
         self.config = config
-        self.judge = panel(context, config.rewards)
+        self.judge = panel(context, config.rewards, config.micro_batch_tokens)
 
     def collect(self, step: int, metrics: Metrics) -> list[Pair]:
         experience = collect(self.context, self.judge, self.dataset, self.config.sampling, stage=self.name, round=step)
@@ -47,8 +50,13 @@ class RewardStage(Stage[Pair]):
         metrics["pairs"] = len(pairs)
         return [Pair(experience.sequence(chosen), experience.sequence(rejected)) for chosen, rejected in pairs]
 
+    def weight(self, samples: list[Pair]) -> float:
+        return len(samples)
+
     def largest(self) -> list[Pair]:
-        return [Pair(side, side) for side in self.largest_sequences(self.config.sampling, self.config.max_pairs)]
+        sampling = self.config.sampling
+        sides = self.largest_sequences(sampling, self.config.max_pairs, sampling.prompts * self.config.max_pairs)
+        return [Pair(side, side) for side in sides]
 
     def loss(self, samples: list[Pair], whole: list[Pair], metrics: Metrics) -> torch.Tensor:
         sequences = [pair.chosen for pair in samples] + [pair.rejected for pair in samples]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import json
 import platform
 import subprocess
@@ -21,7 +22,7 @@ from r1v2_fast.config import Recipe
 # what may change between starts: how and where it runs, not what it computes
 FREE = (
     "checkpoint.every", "checkpoint.keep", "samples_every",
-    "run.device", "run.threads", "run.loggers", "data.root", "data.allow_outside",
+    "run.name", "run.folder", "data.folder", "run.device", "run.threads", "run.loggers", "data.root", "data.allow_outside",
     "*.micro_batch_tokens", "*.gradient_checkpointing",
     "*.rewards.*.on_nan", "*.rewards.*.time_limit", "evaluation.time_limit",
 )  # fmt: skip
@@ -38,24 +39,32 @@ def claim(folder: Path, recipe: Recipe, *, resume: bool, say: Callable[[str], No
     if started and path.is_file():
         if not resume:
             raise ValueError(f"{folder} holds a run; add --resume to go on with it, or choose another run.folder")
+        free = (*FREE, *(f"{stage}.*" for stage in recipe.run.stages if not _begun(folder, stage)))
         before, now = _flat(yaml.safe_load(path.read_text())), _flat(values)
         differing = [
             f"{key} ({before.get(key)!r} in the run, {now.get(key)!r} now)"
             for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key) and not any(fnmatch.fnmatch(key, free) for free in FREE)
+            if before.get(key) != now.get(key) and not any(fnmatch.fnmatch(key, pattern) for pattern in free)
         ]
         if differing:
             raise ValueError(f"{folder} holds a run of another recipe, it differs in {', '.join(differing)}")
+    elif resume:
+        say(f"{folder} holds nothing to resume; starting")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(path, yaml.safe_dump(values, sort_keys=False))
     _note_environment(folder / "environment.json", resume and started, say)
+
+
+def _begun(folder: Path, stage: str) -> bool:
+    """Until then a stage's keys may change: what an earlier one took days for is not lost to a bad value in a later."""
+    return (folder / "stages" / stage).is_dir() or any((folder / "checkpoints").glob(f"{stage}-*"))
 
 
 def _note_environment(path: Path, resumed: bool, say: Callable[[str], None]) -> None:
     """Versions, commit and threads of the start; a resume under others may differ in the last bits, and says so."""
     now = {
         "version": __version__,
-        "commit": _commit(),
+        **_commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": version("transformers"),
@@ -70,16 +79,40 @@ def _note_environment(path: Path, resumed: bool, say: Callable[[str], None]) -> 
     write_text(path, json.dumps(now, indent=2))
 
 
-def _commit() -> str | None:
-    """The commit of the package's own checkout; None for an installed package."""
-    here = Path(__file__).resolve().parents[2]
+def note_inputs(path: Path, files: list[Path], say: Callable[[str], None]) -> None:
+    """Fingerprints of the data and reward files; a resume on changed ones goes on, and says so."""
+    now = {str(file): _fingerprint(file) for file in files}
+    if path.is_file():
+        before = json.loads(path.read_text())
+        for name in sorted(now.keys() & before.keys()):
+            if before[name] != now[name]:
+                say(f"{name} has changed since the run began: it goes on, and differs from one that was not stopped")
+        now = {**now, **before}
+    write_text(path, json.dumps(now, indent=2))
+
+
+def _fingerprint(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 24):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _commit() -> dict[str, Any]:
+    """The commit of the package's own checkout, and whether it was changed since; None for an installed package."""
+    here = Path(__file__).resolve().parents[1]
     if not (here / ".git").exists():
-        return None
+        return {"commit": None, "dirty": None}
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
     try:
-        done = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
     except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
+        return {"commit": None, "dirty": None}
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
