@@ -1,5 +1,6 @@
 """Records, images, collation and the digits dataset."""
 
+import copy
 import io
 import json
 import re
@@ -18,6 +19,7 @@ from r1v2_fast.data.collate import PromptEncoder, Sequence, collate
 from r1v2_fast.data.images import ImageStore, open_image
 from r1v2_fast.data.records import Dataset, draw
 from r1v2_fast.models import load
+from r1v2_fast.train.context import Corpus, Reader
 
 
 def png(size=(16, 16)) -> bytes:
@@ -62,6 +64,11 @@ def test_jsonl_and_parquet_give_the_same_records(tmp_path):
 def test_a_bad_record_is_named_with_its_file_and_field(tmp_path, row, message):
     with pytest.raises(ValueError, match=message):
         Dataset(write(tmp_path, row))
+
+
+def test_a_byte_order_mark_is_no_matter(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "x"}\n{"prompt": "y"}')
+    assert [record.prompt for record in Dataset(tmp_path / "x.jsonl").records] == ["x", "y"]
 
 
 def test_empty_files_double_ids_and_unknown_types_are_errors(tmp_path):
@@ -187,6 +194,32 @@ def test_sixteen_bit_grey_keeps_its_shades(tmp_path):
         assert (shades == (grey >> 8)[..., None]).all()
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
+def test_a_photo_stands_the_way_up_its_camera_says(tmp_path, kind):
+    photo = Image.new("RGB", (16, 8), "white")
+    photo.paste("black", (0, 0, 8, 8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned a quarter to the right
+    upright = open_image(saved(photo, kind, exif=exif), root=tmp_path)
+    assert upright.size == (8, 16)
+    assert upright.getpixel((4, 2))[0] < 10 and upright.getpixel((4, 13))[0] > 245
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_broken_metadata_leave_the_picture(tmp_path, kind):
+    content = saved(Image.new("RGB", (16, 8), "white"), kind, exif=b"Exif\0\0nonsense")
+    assert open_image(content, root=tmp_path).size == (16, 8)
+
+
+@pytest.mark.parametrize(
+    ("start", "message"), [("data:image/png;base64,", "data: URIs are not"), ("a", "name too long")]
+)
+def test_a_long_path_is_shortened(tmp_path, start, message):
+    with pytest.raises(ValueError, match=f"cannot read '{start}.*: .*{message}") as error:
+        open_image(start + "A" * 100_000, root=tmp_path, where="here")
+    assert len(str(error.value)) < 400
+
+
 def test_a_symlink_out_of_the_root_is_refused(tmp_path):
     (tmp_path / "outside.png").write_bytes(png())
     root = tmp_path / "root"
@@ -232,6 +265,41 @@ def test_prompts_expand_every_image_to_its_tokens(toy, written):
         assert toy.tokenizer.unk_token_id not in encoder.response(text)
 
 
+def test_a_prompt_that_template_or_tokenizer_refuse_is_named_with_its_record(toy, tmp_path):
+    record = Dataset(write(tmp_path, {"id": "a", "prompt": "Add \ud800"}))[0]
+    start = f"^{tmp_path}/x.jsonl line 1 .id 'a'., field 'prompt': "
+    encoder = PromptEncoder(toy.tokenizer, 4)
+    with pytest.raises(ValueError, match=f"{start}the tokenizer does not take it: "):
+        encoder.encode(record, [])
+    with pytest.raises(ValueError, match=f"{start}the templated prompt holds 0 image placeholders"):
+        encoder.encode(record, [1])
+    picky = PromptEncoder(copy.deepcopy(toy.tokenizer), 4)
+    picky.tokenizer.chat_template = "{{ raise_exception('roles\nmust alternate') }}"
+    with pytest.raises(ValueError, match=f"{start}the chat template does not take it: TemplateError: roles must alt"):
+        picky.encode(record, [])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "side", "message"),
+    [
+        (3, 16, "make 3 image tokens each, got 4 from 16x16 pixels; image_seq_length in config.json or .* size"),
+        (4, 32, "make 4 image tokens each, got 16 from 32x32 pixels"),
+        (4, 18, None),  # the tower leaves what does not fill a patch
+    ],
+)
+def test_a_tile_that_makes_other_image_tokens_than_the_prompt_holds_names_the_record(written, tokens, side, message):
+    toy = load.from_preset("digits", words=digits.WORDS, seed=0)
+    toy.model.config.image_seq_length = tokens
+    toy.image_processor.size = type(toy.image_processor.size)(height=side, width=side)
+    reader = Reader(Corpus(written), toy, max_tiles=12)
+    dataset = reader.corpus.dataset("align.parquet")
+    if message is None:
+        assert len(reader.prompts(dataset, dataset.records[:2])) == 2
+        return
+    with pytest.raises(ValueError, match=rf"align.parquet row 0 .id 'align-0'., field 'images': .*{message}"):
+        reader.prompts(dataset, dataset.records[:2])
+
+
 def test_batches_put_every_prompt_end_in_one_column():
     batch = collate([Sequence([5, 6], [7], []), Sequence([4], [8, 9], ["k"])], pad_id=0)
     assert batch.input_ids.tolist() == [[5, 6, 7, 0], [0, 4, 8, 9]]
@@ -256,6 +324,25 @@ def test_pixels_are_cached_and_follow_the_processor(toy, written):
     assert all(torch.equal(a, b) for a, b in zip(pixels, again[::-1], strict=True))
     raw = np.asarray(dataset.image(keys[0]), np.float32)[..., 0] / 255
     assert torch.allclose(pixels[0][0, 0], torch.from_numpy((raw - 0.485) / 0.229), atol=1e-5)
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_pixels_do_not_follow_the_batch_and_one_picture_is_open_at_a_time(toy, cut):
+    processor = copy.deepcopy(toy.image_processor)
+    processor.crop_to_patches = cut
+    rng = np.random.default_rng(0)
+    shapes = [(16, 16), (16, 64), (50, 20), (16, 16)]
+    pictures = {str(i): Image.fromarray(rng.integers(0, 256, (*s, 3), dtype=np.uint8)) for i, s in enumerate(shapes)}
+    batch = processor(list(pictures.values()), max_patches=12, return_tensors="pt", input_data_format=None)
+    expected = batch["pixel_values"].split([int(n) for n in batch["num_patches"]])
+
+    def one_at_a_time(images, **options):
+        assert len(images) == 1
+        return processor(images, **options)
+
+    found = ImageStore(pictures.__getitem__, one_at_a_time)(list(pictures))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert [len(tiles) > 1 for tiles in found] == [False, cut, cut, False]
 
 
 def test_the_digits_are_right_disjoint_and_reproducible(written, tmp_path):

@@ -1,16 +1,18 @@
 """Rules, hallucination, and how reward functions are loaded and called."""
 
 import contextlib
+import copy
 import math
 import re
 import signal
+import sys
 import time
 
 import numpy as np
 import pytest
 import torch
 
-from r1v2_fast.judge.hallucination import hallucinated, rates
+from r1v2_fast.judge.hallucination import hallucinated, rates, readable
 from r1v2_fast.judge.reward import load_reward, score
 from r1v2_fast.judge.rules import exact_match, math_answer, soft_overlong, think_format
 from r1v2_fast.judge.time_limit import SIGNAL, OutOfTime, time_limit
@@ -24,6 +26,12 @@ def test_the_final_answer_stands_behind_the_thought():
 def test_math_answers_may_be_written_differently():
     completions = ["<think>x</think>$\\frac{1}{2}$", "0.5", "1/3"]
     assert math_answer([""] * 3, completions, answer=["1/2"] * 3) == [1, 1, 0]
+
+
+@pytest.mark.parametrize("rule", [exact_match, math_answer])
+def test_records_without_an_answer_are_unscorable(rule):
+    assert rule([""] * 2, ["7", "8"], answer=[None, "8"]) == [None, 1.0]
+    assert rule([], [], answer=[]) == []
 
 
 def test_the_soft_over_length_punishment_falls_over_the_cache():
@@ -66,6 +74,11 @@ def test_hallucination_is_a_digit_that_is_not_there(thought, digits, expected):
     assert hallucinated(f"<think>{thought}</think>1", digits) is expected
 
 
+def test_only_two_halves_are_readable_digits():
+    assert all(map(readable, ("3 8", "3 _", "_ 0")))
+    assert not any(map(readable, ("38", "3 8 1", "three 8", "3", "", "3 8\n", 38, None, ["3", "8"])))
+
+
 def test_rates_split_by_right_and_wrong_answers():
     found = rates(["<think>1 2</think>3", "<think>1 9</think>3"], ["1 2", "1 2"], [True, False])
     assert found == {"hallucination": 0.5, "hallucination/right": 0.0, "hallucination/wrong": 1.0}
@@ -94,6 +107,20 @@ def test_a_reward_file_runs_once_and_may_hold_a_dataclass(tmp_path):
         "@dataclass\nclass Weight:\n    value: float\n\ndef f(**_): ...\n"
     )
     assert load_reward(f"{path}:f") is load_reward(f"{path}:f")
+
+
+def test_a_reward_file_may_import_what_lies_beside_it(tmp_path):
+    (tmp_path / "helper_beside_reward.py").write_text("def one(c): return 1.0\n")
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "import helper_beside_reward as h\n\ndef f(completions, **_): return [h.one(c) for c in completions]\n"
+    )
+    before = list(sys.path)
+    assert load_reward(f"{path}:f")(completions=["x"]) == [1.0]
+    (tmp_path / "bad.py").write_text("import no_such_module")
+    with pytest.raises(ValueError, match="bad.py raised"):
+        load_reward(f"{tmp_path}/bad.py:f")
+    assert sys.path == before
 
 
 def test_a_reward_file_that_raises_is_named_and_may_be_repaired(tmp_path):
@@ -147,11 +174,13 @@ def test_numbers_come_in_many_types(values):
         ("abc", "list of 3 numbers, got 'abc'"),
         ([1.0, "x", 1.0], "'mine' of sample line 2: expected a number, got 'x'"),
         ([1.0, 1.0, torch.zeros(2)], "of sample line 3: expected a number, got tensor"),
+        ([1.0, np.zeros((2, 2)), 1.0], "of sample line 2: expected a number, got array"),
     ],
 )
 def test_what_is_not_a_number_a_completion_is_named(values, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         scored(lambda **_: values)
+    assert "\n" not in str(error.value)
 
 
 def test_none_is_unscorable():
@@ -170,6 +199,38 @@ def test_a_reward_that_is_not_finite_stops_the_run_or_leaves_its_sample_out(bad)
         scored(function, ("a", long, "c"))
     assert len(str(e.value)) < 300
     assert np.array_equal(scored(function, on_nan="skip"), [1.0, math.nan, math.nan], equal_nan=True)
+
+
+@pytest.mark.parametrize("bad", [10**400, -(10**5000), 1e39], ids=["large", "larger", "float"])
+def test_what_no_float32_holds_is_not_finite(bad):
+    with pytest.raises(ValueError, match="'mine' of sample line 2: expected a finite number or None, got (an int|1e)"):
+        scored(lambda **_: [1.0, bad, 0])
+    assert np.array_equal(scored(lambda **_: [1, bad, 0], on_nan="skip"), [1, math.nan, 0], equal_nan=True)
+
+
+def test_a_reward_cannot_change_the_records():
+    prompts, columns = [[{"role": "user", "content": "x"}]], {"answer": ["1"], "boxes": [[1, {"a": 2}]]}
+    before = copy.deepcopy((prompts, columns))
+
+    def spoils(prompts, completions, answer, boxes):
+        prompts[0][0]["content"] = "spoilt"
+        prompts[0].append({})
+        boxes[0][1].clear()
+        return [1.0]
+
+    assert score("mine", spoils, prompts, ["c"], columns, SAMPLES[:1]) == [1.0]
+    assert (prompts, columns) == before
+
+
+def test_a_message_of_many_lines_comes_out_as_one(tmp_path):
+    def fails(**_):
+        raise ValueError("first\n  second\n")
+
+    with pytest.raises(RuntimeError, match="raised ValueError on sample line 1: first second$"):
+        scored(fails)
+    (tmp_path / "mine.py").write_text("raise ValueError('first\\nsecond')")
+    with pytest.raises(ValueError, match="at import: first second$"):
+        load_reward(f"{tmp_path}/mine.py:f")
 
 
 def test_a_reward_that_raises_is_named_with_the_one_sample():
@@ -192,13 +253,21 @@ def test_samples_that_fail_only_together_are_named_as_a_range():
         scored(fails)
 
 
-@pytest.mark.parametrize("signal_to_leave", [KeyboardInterrupt, SystemExit])
-def test_ctrl_c_and_exit_pass_through(signal_to_leave):
+def test_ctrl_c_passes_through():
     def leaves(**_):
-        raise signal_to_leave
+        raise KeyboardInterrupt
 
-    with pytest.raises(signal_to_leave):
+    with pytest.raises(KeyboardInterrupt):
         scored(leaves, time_limit=5)
+
+
+@pytest.mark.parametrize("limit", [None, 5])
+def test_a_reward_that_exits_is_named_with_the_one_sample(limit):
+    def exits(completions, **_):
+        return [sys.exit() if c == "b" else 1.0 for c in completions]
+
+    with pytest.raises(RuntimeError, match="'mine' raised SystemExit on sample line 2"):
+        scored(exits, time_limit=limit)
 
 
 def loop() -> None:

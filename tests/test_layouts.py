@@ -79,7 +79,8 @@ def shades(dataset, record):
     "row",
     [
         {"id": "1", "prompt": "<image>\nWhat?", "images": ["a.png"], "answer": "4", "kind": "add"},
-        {"prompt": "no picture", "images": [], "chosen": "x", "rejected": "y", "question": "kept", "image": "kept"},
+        {"prompt": "no picture", "images": [], "chosen": "x", "rejected": "y", "question": "kept"},
+        {"prompt": "<image>", "images": ["a.png"], "image": "kept"},
         {"prompt": [user([IMAGE, text("What?")]), said("A cat."), user("Sure?")], "images": [b"..."]},
         {"prompt": [user("<image>\nWhat?")], "images": ["a.png"], "answer": 4, "solution": "long"},
     ],
@@ -131,6 +132,17 @@ def test_trl_parts_keep_their_places_and_lose_the_nulls_of_parquet(table):
     assert shades(dataset, dataset[0]) == [50, 200]
 
 
+def test_a_picture_beside_an_empty_list_of_them_is_seen(jsonl):
+    dataset = jsonl({"prompt": [user("What?")], "images": [], "image": "b.png"})
+    assert shades(dataset, dataset[0]) == [200]
+
+
+@pytest.mark.parametrize(("number", "answer"), [(80, "80"), (80.0, "80"), (-2.0, "-2"), (0.5, "0.5"), ("80.0", "80.0")])
+def test_numbers_are_answers_without_the_point_that_nulls_bring(jsonl, number, answer):
+    rows = [{"answer": number}, {"solution": number}, {"reward_model": {"ground_truth": number}}]
+    assert [record.answer for record in jsonl(*({"prompt": "x", **row} for row in rows)).records] == [answer] * 3
+
+
 def test_a_single_image_column_may_hold_bytes_and_nulls(table):
     dataset = table(
         {"prompt": [user("What?")], "image": {"bytes": png(200), "path": "b.png"}},
@@ -159,7 +171,7 @@ def test_trl_preference_pairs_without_a_prompt_share_it(jsonl):
     assert (same.prompt, same.chosen, same.rejected) == ([user("What?")], "Same.", "Same.")
 
 
-def test_verl_rows_bring_their_answer_and_id_and_keep_their_columns(table):
+def test_verl_rows_bring_their_answer_and_keep_their_columns(table):
     def row(index, truth, images):
         return {
             "data_source": "hiyouga/geometry3k",
@@ -171,13 +183,14 @@ def test_verl_rows_bring_their_answer_and_id_and_keep_their_columns(table):
         }
 
     dataset = table(row(0, "3", [{"bytes": png(200), "path": None}]), row(1, "4", []))
-    assert [record.id for record in dataset.records] == ["train-0", "train-1"]
     assert [record.answer for record in dataset.records] == ["3", "4"]
     assert shades(dataset, dataset[0]) == [200] and dataset[1].images == ()
     assert messages(dataset[0].prompt) == [user([IMAGE, text("Find x.")])]
     assert dataset[0].columns.keys() == {"data_source", "ability", "reward_model", "extra_info"}
     assert dataset[0].columns["extra_info"]["question"] == "Find x."
     assert table({**row(0, 3.5, []), "id": "mine", "answer": None})[0].answer == "3.5"
+    other = {**row(0, "3", []), "data_source": "another, with the same index"}
+    assert [record.id for record in table(row(0, "3", []), other).records] == ["x-0", "x-1"]
     mine = table({**row(0, "3", []), "id": "mine", "answer": "4"})[0]
     assert (mine.id, mine.answer) == ("mine", "4")
 
@@ -232,6 +245,9 @@ PAIR = {"chosen": [user("a"), said("b")], "rejected": [user("a"), said("c")]}
         ({**PAIR, "rejected": [user("a"), said("b"), user("d"), said("c")]}, "'rejected': expected one assistant"),
         ({**PAIR, "rejected": None}, "'rejected': expected a list of messages, got None"),
         ({"prompt": [user("x")], "reward_model": {"ground_truth": ["3"]}}, "'reward_model': .*string or a number"),
+        ({"prompt": [user("x")], "reward_model": {"ground_truth": True}}, "'reward_model': .*number, got True"),
+        ({"prompt": "x", "solution": False}, "'solution': expected a string or a number, got False"),
+        ({"prompt": "x", "answer": True}, "'answer': expected a string, got bool"),
         ({"question": "What?", "image": "a.png", "chosen": "x"}, "'rejected': a pair needs chosen and rejected"),
         ({"question": "<image><image>", "image": "a.png"}, "'images': the prompt has 2 .*got 1"),
     ],

@@ -327,9 +327,7 @@ def test_a_full_disk_stops_the_run_with_the_last_checkpoint_intact(tmp_path, sho
         save_file(tensors, path)
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(
-        RuntimeError, match=r"cannot write .*grpo-000004.*No space left.*grpo-000002 is intact"
-    ):
+    with pytest.raises(RuntimeError, match=r"cannot write .*grpo-000004.*No space left.*grpo-000002 is intact"):
         run.train(short("b"))
     assert [p.name for p in (tmp_path / "b" / "checkpoints").iterdir()] == ["grpo-000002"]
     again = run.train(short("b"), resume=True)

@@ -201,6 +201,34 @@ def test_a_buffer_without_priorities_names_the_checkpoint_and_the_unit(place, mo
     assert_resumes(place)
 
 
+@pytest.mark.parametrize("more", [["grpo.rewards=[{name: count, function: exact_match}]"], []])
+def test_a_misspelt_answer_column_is_named(more, place):
+    path = place / "data" / "records.jsonl"
+    path.write_text(path.read_text().replace('"answer"', '"anwser"'))
+    with pytest.raises(
+        ValueError, match=r"records.jsonl, field 'answer': exact_match compares with it, and no record has"
+    ):
+        run.train(recipe(place, "run", *more))
+    assert not (place / "run" / "metrics.jsonl").exists()
+
+
+def test_an_evaluation_is_over_what_could_be_scored_and_says_how_much_could_not(place):
+    for record in ("one-image", "two-images"):
+        edit(place, record, answer=None)
+    folder = run.train(recipe(place, "run", "grpo.steps=1"))
+    line = next(line for line in read(folder / "metrics.jsonl") if "eval/own/accuracy" in line)
+    assert line["eval/own/unscored"] == 2 / 8
+    (place / "one.py").write_text(
+        "def nan(completions, **_):\n    return [1.0] + [float('nan')] * (len(completions) - 1)\n"
+    )
+    score = f"evaluation.score={place}/one.py:nan"
+    with pytest.raises(ValueError, match=r"reward '.*nan' of sample .*records.jsonl line 2 .*finite"):
+        run.train(recipe(place, "b", score))
+    folder = run.train(recipe(place, "c", score, "evaluation.on_nan=skip", "grpo.steps=1"))
+    line = next(line for line in read(folder / "metrics.jsonl") if "eval/own/accuracy" in line)
+    assert (line["eval/own/unscored"], line["eval/own/accuracy"]) == (7 / 8, 1.0)
+
+
 def test_a_full_disk_under_the_metrics_is_a_sentence(place, monkeypatch):
     with pytest.raises(RuntimeError, match=r"cannot write /dev/full: .*No space left on device; make room and resume"):
         log = Log(place)

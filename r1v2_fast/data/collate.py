@@ -71,18 +71,26 @@ class PromptEncoder:
 
     def encode(self, record: Record, tiles: list[int]) -> list[int]:
         """Prompt ids up to where the assistant speaks; `tiles[i]` is how many tiles image i was cut into."""
-        text = self.tokenizer.apply_chat_template(messages(record.prompt), tokenize=False, add_generation_prompt=True)
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages(record.prompt), tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # a template raises what it likes: TemplateError, TypeError, KeyError
+            raise _bad_prompt(record, "the chat template does not take it", error) from error
         text = text.replace(f"{self.start}{self.context}{self.end}", self.context)
         pieces = text.split(self.context)
         if len(pieces) - 1 != len(tiles):
             raise ValueError(
-                f"{record.where}: the templated prompt holds {len(pieces) - 1} image placeholders, "
+                f"{record.where}, field 'prompt': the templated prompt holds {len(pieces) - 1} image placeholders, "
                 f"the record has {len(tiles)} images"
             )
         expanded = pieces[0]
         for count, piece in zip(tiles, pieces[1:], strict=True):
             expanded += f"{self.start}{self.context * (count * self.image_tokens_per_tile)}{self.end}{piece}"
-        return self.tokenizer(expanded, add_special_tokens=False)["input_ids"]
+        try:
+            return self.tokenizer(expanded, add_special_tokens=False)["input_ids"]
+        except Exception as error:  # a lone surrogate is a TypeError
+            raise _bad_prompt(record, "the tokenizer does not take it", error) from error
 
     def response(self, text: str) -> list[int]:
         """A response's ids, with the end-of-sequence token the policy must learn to write."""
@@ -90,6 +98,11 @@ class PromptEncoder:
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def _bad_prompt(record: Record, what: str, error: Exception) -> ValueError:
+    reason = " ".join(str(error).split())
+    return ValueError(f"{record.where}, field 'prompt': {what}: {type(error).__name__}: {reason}")
 
 
 def messages(prompt: str | list[dict]) -> list[dict]:

@@ -2,7 +2,7 @@
 
 TRL    messages in `prompt`, pictures in `image` or `images`, `solution`; `chosen` and `rejected` as messages, the
        prompt in them where there is no `prompt`
-verl   `<image>` marks in the messages, the answer in `reward_model.ground_truth`, the place in `extra_info`
+verl   `<image>` marks in the messages, the answer in `reward_model.ground_truth`
 MMPR   `image`, `question`, `chosen`, `rejected`
 """
 
@@ -24,13 +24,15 @@ def canonical(row: dict[str, Any], where: str) -> dict[str, Any]:
         if row.get(name):
             _fail(where, name, "only text and images are supported", row[name])
     row = dict(row)
-    if row.get("images") is None and "image" in row:
+    if not row.get("images") and "image" in row:
         image = row.pop("image")
         row["images"] = image if isinstance(image, list) else [image] if image else []
     if isinstance(row.get("reward_model"), dict):
         _from_verl(row, where)
-    if row.get("answer") is None and isinstance(row.get("solution"), str):
-        row["answer"] = row["solution"]
+    if row.get("answer") is None and isinstance(solution := row.get("solution"), (str, int, float)):
+        if isinstance(solution, bool):
+            _fail(where, "solution", "expected a string or a number", solution)
+        row["answer"] = solution
     if row.get("prompt") is None and (isinstance(row.get("chosen"), list) or isinstance(row.get("rejected"), list)):
         _split_conversations(row, where)
     if row.get("prompt") is None and isinstance(row.get("question"), str):
@@ -65,13 +67,10 @@ def text_of(prompt: str | list[dict]) -> str:
 
 def _from_verl(row: dict[str, Any], where: str) -> None:
     truth = row["reward_model"].get("ground_truth")
-    if not isinstance(truth, (str, int, float, type(None))):
+    if not isinstance(truth, (str, int, float, type(None))) or isinstance(truth, bool):
         _fail(where, "reward_model", "expected a ground_truth that is a string or a number", truth)
     if row.get("answer") is None:
         row["answer"] = truth
-    place = row.get("extra_info")
-    if row.get("id") is None and isinstance(place, dict) and place.get("index") is not None:
-        row["id"] = "-".join(str(place[name]) for name in ("split", "index") if place.get(name) is not None)
 
 
 def _split_conversations(row: dict[str, Any], where: str) -> None:

@@ -66,6 +66,11 @@ class Dataset:
     def __getitem__(self, index: int) -> Record:
         return self.records[index]
 
+    def check_answers(self, rule: str) -> None:
+        """For a rule that compares with `answer`: a misspelt column must not leave every response unscored in silence."""
+        if all(record.answer is None for record in self.records):
+            raise ValueError(f"{self.path}, field 'answer': {rule} compares with it, and no record has one")
+
     def image_keys(self, record: Record) -> list[str]:
         return [f"{self.name}/{record.id}/{index}" for index in range(len(record.images))]
 
@@ -83,8 +88,9 @@ class Dataset:
             value = row.get(name)
             if value is None:
                 return default
-            if isinstance(value, (int, float)) and name in ("id", "answer"):
-                return str(value)
+            if name in ("id", "answer") and isinstance(value, (int, float)) and not isinstance(value, bool):
+                # pandas makes integers with nulls among them double
+                return str(int(value) if isinstance(value, float) and value.is_integer() else value)
             if not isinstance(value, str):
                 raise ValueError(f"{where}, field {name!r}: expected a string, got {type(value).__name__}")
             return value
@@ -146,7 +152,7 @@ def _rows(path: Path) -> Iterator[tuple[dict, str]]:
                     continue
                 where = f"{path} line {number}"
                 try:
-                    row = json.loads(line.decode())
+                    row = json.loads(line.decode("utf-8-sig"))
                 except UnicodeDecodeError as error:
                     raise ValueError(f"{where}: not UTF-8: {error}") from error
                 except json.JSONDecodeError as error:

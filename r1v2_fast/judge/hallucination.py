@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from typing import Any
 
 from r1v2_fast.judge.rules import thought
 
 EMPTY = "_"
+
+
+def readable(value: Any) -> bool:
+    """True for what the digits records have in `digits`, left and right half: "3 8" or "3 _"."""
+    return isinstance(value, str) and re.fullmatch("[0-9_] [0-9_]", value) is not None
 
 
 def hallucinated(completion: str, digits: str) -> bool:

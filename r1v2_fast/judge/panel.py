@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from r1v2_fast.config import RewardTerm
-from r1v2_fast.judge.reward import load_reward, score
+from r1v2_fast.judge.reward import checked, load_reward, score
 from r1v2_fast.judge.rules import soft_overlong
 
 REWARD_MODEL = "reward_model"
@@ -49,12 +49,14 @@ class Panel:
 
     def __call__(self, records: list, sequences: list, completions: list[str]) -> torch.Tensor:
         """Rewards [N, R], squashed but not weighted, NaN where unscorable; one record and sequence a completion."""
-        arguments = (*arguments_of(records, completions), [record.where for record in records])
+        where = [record.where for record in records]
+        arguments = (*arguments_of(records, completions), where)
         values = []
         for term in self.terms:
             if term.function == REWARD_MODEL:
                 assert self.model_scores is not None
-                value = self.model_scores(sequences)
+                scores = self.model_scores(sequences).tolist()
+                value = torch.tensor(checked(term.name, scores, completions, where, on_nan=term.on_nan))
             else:
                 scores = score(
                     term.name, self.functions[term.name], *arguments, time_limit=term.time_limit, on_nan=term.on_nan

@@ -52,7 +52,7 @@ def evaluate(
         "unscored": unscored / len(right),
         "clipped_ratio": 1 - sum(finished) / len(right),
     }
-    if all(isinstance(record.columns.get("digits"), str) for record in chosen):
+    if all(hallucination.readable(record.columns.get("digits")) for record in chosen):
         metrics |= hallucination.rates(completions, [record.columns["digits"] for record in chosen], right)
     return Result(metrics, completions, right)
 

@@ -12,7 +12,7 @@ import torch
 from r1v2_fast.atomic import write_folder
 from r1v2_fast.config import Recipe
 from r1v2_fast.judge.panel import REWARD_MODEL
-from r1v2_fast.judge.reward import load_reward
+from r1v2_fast.judge.reward import COMPARE, load_reward
 from r1v2_fast.log import Log
 from r1v2_fast.loggers import open_loggers
 from r1v2_fast.models import load, lora
@@ -69,15 +69,19 @@ def _check(context: Context) -> None:
     recipe = context.recipe
     context.use(context.initial())
     files: list[Path] = []
-    specs = [recipe.evaluation.score]
+    scored = [(context.corpus.dataset(file), recipe.evaluation.score) for file in recipe.evaluation.sets.values()]
     for section in (getattr(recipe, name) for name in recipe.run.stages):
-        files.append(context.corpus.dataset(section.data).path)
+        dataset = context.corpus.dataset(section.data)
+        files.append(dataset.path)
         lora.layers(context.policy.root, section.lora)
-        specs += [term.function for term in getattr(section, "rewards", []) if term.function != REWARD_MODEL]
-    files += [context.corpus.dataset(file).path for file in recipe.evaluation.sets.values()]
-    for spec in specs:
+        terms = getattr(section, "rewards", [])
+        scored += [(dataset, term.function) for term in terms if term.function != REWARD_MODEL]
+    for dataset, spec in scored:
         load_reward(spec)
-    files += [Path(spec.rpartition(":")[0]) for spec in specs if ".py:" in spec]
+        if spec in COMPARE:
+            dataset.check_answers(spec)
+    files += [dataset.path for dataset, _ in scored]
+    files += [Path(spec.rpartition(":")[0]) for _, spec in scored if ".py:" in spec]
     note_inputs(context.folder / "inputs.json", files, context.log.say)
 
 
