@@ -181,6 +181,14 @@ def test_an_image_processor_that_disagrees_with_the_model_names_the_record(place
         run.train(recipe(place, "run"))
 
 
+def test_a_text_that_no_tokenizer_takes_is_named(place):
+    edit(place, "two-images", response="\ud800")
+    with pytest.raises(
+        ValueError, match=r"records.jsonl line \d \(id 'two-images'\), field 'response': the tokenizer does not"
+    ):
+        run.train(recipe(place, "run", "run.stages=[align]"))
+
+
 def test_a_buffer_without_priorities_names_the_checkpoint_and_the_unit(place, monkeypatch):
     from safetensors.torch import load_file, save_file
 

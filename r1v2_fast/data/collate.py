@@ -76,7 +76,7 @@ class PromptEncoder:
                 messages(record.prompt), tokenize=False, add_generation_prompt=True
             )
         except Exception as error:  # a template raises what it likes: TemplateError, TypeError, KeyError
-            raise _bad_prompt(record, "the chat template does not take it", error) from error
+            raise _refused(record.where, "prompt", "the chat template", error) from error
         text = text.replace(f"{self.start}{self.context}{self.end}", self.context)
         pieces = text.split(self.context)
         if len(pieces) - 1 != len(tiles):
@@ -87,22 +87,25 @@ class PromptEncoder:
         expanded = pieces[0]
         for count, piece in zip(tiles, pieces[1:], strict=True):
             expanded += f"{self.start}{self.context * (count * self.image_tokens_per_tile)}{self.end}{piece}"
-        try:
-            return self.tokenizer(expanded, add_special_tokens=False)["input_ids"]
-        except Exception as error:  # a lone surrogate is a TypeError
-            raise _bad_prompt(record, "the tokenizer does not take it", error) from error
+        return self._ids(expanded, record.where, "prompt")
 
-    def response(self, text: str) -> list[int]:
+    def response(self, text: str, *, where: str = "", field: str = "response") -> list[int]:
         """A response's ids, with the end-of-sequence token the policy must learn to write."""
-        return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id]
+        return [*self._ids(text, where, field), self.tokenizer.eos_token_id]
+
+    def _ids(self, text: str, where: str, field: str) -> list[int]:
+        try:
+            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        except Exception as error:  # a lone surrogate is a TypeError
+            raise _refused(where, field, "the tokenizer", error) from error
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def _bad_prompt(record: Record, what: str, error: Exception) -> ValueError:
+def _refused(where: str, field: str, by: str, error: Exception) -> ValueError:
     reason = " ".join(str(error).split())
-    return ValueError(f"{record.where}, field 'prompt': {what}: {type(error).__name__}: {reason}")
+    return ValueError(f"{where}, field {field!r}: {by} does not take it: {type(error).__name__}: {reason}")
 
 
 def messages(prompt: str | list[dict]) -> list[dict]:

@@ -36,7 +36,7 @@ class AlignStage(Stage[Single]):
         return [self._example(prompt, record) for prompt in self.longest_prompts(self.batch_size)]
 
     def _example(self, prompt: Prompt, record: Record) -> Single:
-        response = self.context.reader.encoder.response(record.columns["response"])
+        response = self.context.reader.encoder.response(record.columns["response"], where=record.where)
         return Single(Sequence(prompt.ids, response, prompt.image_keys))
 
     def loss(self, samples: list[Single], whole: list[Single], metrics: Metrics) -> torch.Tensor:

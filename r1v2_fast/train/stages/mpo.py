@@ -149,7 +149,8 @@ class MPOStage(Stage[Pair]):
                 text = getattr(record, side)
                 if text is None:
                     raise ValueError(f"{record.where}, field {side!r}: mpo on ready pairs needs it, got none")
-                sides.append(Sequence(prompt.ids, self.context.reader.encoder.response(text), prompt.image_keys))
+                ids = self.context.reader.encoder.response(text, where=record.where, field=side)
+                sides.append(Sequence(prompt.ids, ids, prompt.image_keys))
             pairs.append(Pair(sides[0], sides[1]))
         return pairs
 
