@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from r1v2_fast import log
 from r1v2_fast._version import __version__
 from r1v2_fast.data.collate import TOKENS
 
+TAG = "r1v2_fast"  # by which export knows its own folders
 SNIPPET = """\
 import torch
 from PIL import Image
@@ -54,13 +56,14 @@ def model_card(run_folder: str | Path, source: str) -> str:
     folder = Path(run_folder)
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
     stages = recipe["run"]["stages"]
-    if source in stages:
-        stages = stages[: stages.index(source) + 1]
+    best = json.loads((folder / "best" / "best.json").read_text(encoding="utf-8")) if source == "best" else None
+    if (last := best["stage"] if best else source) in stages:
+        stages = stages[: stages.index(last) + 1]
     make = recipe["data"]["make"]
     front = {
         "library_name": "transformers",
         "pipeline_tag": "image-text-to-text",
-        "tags": ["reinforcement-learning", "vision-language", "internvl", "r1v2_fast", *stages],
+        "tags": ["reinforcement-learning", "vision-language", "internvl", TAG, *stages],
     }
     name = recipe["run"]["name"]
     origin = (
@@ -71,10 +74,10 @@ def model_card(run_folder: str | Path, source: str) -> str:
         f"# {name}",
         "A vision-language policy in transformers' InternVL format, trained with r1v2_fast after "
         f"[Skywork R1V2](https://arxiv.org/abs/2504.16656) from {origin} through {' → '.join(stages)}. "
-        + _which(folder, source),
+        + _which(source, best),
         f"## Use\n\n```python\n{_snippet(recipe)}\n```",
-        f"## Scores\n\n{_scores(folder, recipe)}",
-        "## Recipe\n\n" + "\n".join(f"- **{stage}**: {_in_words(stage, recipe[stage])}" for stage in stages),
+        f"## Scores\n\n{_scores(folder, recipe, stages, best)}",
+        "## Recipe\n\n" + "\n".join(f"- **{stage}**: {_in_words(stage, recipe[stage], best)}" for stage in stages),
         "<details><summary>All of it, resolved</summary>\n\n"
         f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False)}```\n\n</details>",
         f"## Data\n\n{MADE.get(make, MADE[None])}\n\n{_data(folder, recipe, stages)}",
@@ -86,11 +89,17 @@ def model_card(run_folder: str | Path, source: str) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def _which(folder: Path, source: str) -> str:
+def trained_on(recipe: dict, stages: list[str]) -> dict[str, str]:
+    """Evaluation set -> the stage that trains on its records; held-out sets are not in it."""
+    files = {os.path.normpath(recipe[stage]["data"]): stage for stage in reversed(stages)}
+    sets = {name: os.path.normpath(file) for name, file in recipe["evaluation"]["sets"].items()}
+    return {name: files[file] for name, file in sets.items() if file in files}
+
+
+def _which(source: str, best: dict | None) -> str:
     if source == "final":
         return "It is the policy at the end of the run."
-    if source == "best":
-        best = json.loads((folder / "best" / "best.json").read_text(encoding="utf-8"))
+    if best:
         return f"It is the policy after step {best['step']} of {best['stage']}: the best `{best['metric']}`, {best['value']:.4g}."
     return f"It is the policy at the end of stage {source}."
 
@@ -101,13 +110,21 @@ def _snippet(recipe: dict) -> str:
     return SNIPPET % {**tokens, "question": question, "max_new_tokens": recipe["evaluation"]["max_new_tokens"]}
 
 
-def _scores(folder: Path, recipe: dict) -> str:
-    """A row for every stage that ended, as report.html has them."""
+def _scores(folder: Path, recipe: dict, stages: list[str], best: dict | None) -> str:
+    """A row for every one of the stages that ended, as report.html has them; the best policy's own comes last."""
     sets = list(recipe["evaluation"]["sets"])
-    lines = log.read(folder / "metrics.jsonl")
-    last = {line["stage"]: line for line in lines if f"eval/{sets[0]}/accuracy" in line}
-    ended = [stage for stage in recipe["run"]["stages"] if (folder / "stages" / stage).is_dir()]
+    lines = [line for line in log.read(folder / "metrics.jsonl") if f"eval/{sets[0]}/accuracy" in line]
+    last = {line["stage"]: line for line in lines}
+    whole = [stage for stage in stages if not best or stage != best["stage"]]
+    ended = [stage for stage in whole if (folder / "stages" / stage).is_dir()]
     measured = {stage: last[stage] for stage in ("start", *ended) if stage in last}
+    for line in lines:
+        if (
+            best
+            and line.items() >= {"stage": best["stage"], "step": best["step"], best["metric"]: best["value"]}.items()
+        ):
+            records = line[f"eval/{sets[0]}/records"]
+            measured[f"step {best['step']} of {best['stage']}, on {records:.0f} records"] = line
     if not measured:
         return "No stage was measured."
     some = next(iter(measured.values()))
@@ -120,10 +137,13 @@ def _scores(folder: Path, recipe: dict) -> str:
     legend = "".join(f"; {metric} is {METRICS[metric]}" for metric in METRICS if any(m == metric for _, m in shown))
     head = ["after", *(f"{_words(name)}, {metric}" for name, metric in shown)]
     rule = recipe["evaluation"]["score"]
-    return f"Greedy answers to held-out records ({counts}){legend.format(rule=rule)}.\n\n{_table(head, rows)}"
+    seen = trained_on(recipe, stages)
+    of = "records" if seen else "held-out records"
+    notes = "".join(f" Stage {stage} trains on {_words(name)}: it is not held out." for name, stage in seen.items())
+    return f"Greedy answers to {of} ({counts}){legend.format(rule=rule)}.{notes}\n\n{_table(head, rows)}"
 
 
-def _in_words(stage: str, section: dict) -> str:
+def _in_words(stage: str, section: dict, best: dict | None) -> str:
     what = {
         "align": "supervised",
         "reward": "a Bradley-Terry reward model, which is not in this folder",
@@ -134,7 +154,8 @@ def _in_words(stage: str, section: dict) -> str:
         rewards = " + ".join(term["name"] for term in section["rewards"])
         what += f"; {sampling['prompts']} prompts of {sampling['group_size']} responses a step, rewarded by {rewards}"
     trained = [*section["train"], *(f"{part} through LoRA" for part in section.get("lora") or ())]
-    return f"{what}; {section['steps']} steps on `{section['data']}`, training {', '.join(trained)}."
+    done = f"{best['step']} of " if best and stage == best["stage"] else ""
+    return f"{what}; {done}{section['steps']} steps on `{section['data']}`, training {', '.join(trained)}."
 
 
 def _data(folder: Path, recipe: dict, stages: list[str]) -> str:
@@ -164,7 +185,11 @@ def _environment(folder: Path) -> str:
     if not path.is_file():
         return f"r1v2_fast {__version__} wrote this folder; the run did not record its commit."
     recorded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return "\n".join(f"- {name}: {value}" for name, value in recorded.items() if isinstance(value, (str, int, float)))
+    if recorded.pop("dirty", False):
+        recorded["commit"] = f"{recorded.get('commit')}, with changes that were not committed"
+    named = {"r1v2_fast" if name == "version" else name: value for name, value in recorded.items()}
+    shown = [f"- {name}: {value}" for name, value in named.items() if isinstance(value, (str, int, float))]
+    return "\n".join([*shown, f"- this card: r1v2_fast {__version__}"])
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import math
 import sys
 
 from r1v2_fast._version import __version__
@@ -14,15 +16,43 @@ def main(argv: list[str] | None = None) -> int:
     command = options.pop("command")
     try:
         return command(**options)
+    except KeyboardInterrupt:
+        print("r1v2-fast: interrupted", file=sys.stderr)
+        return 130
     except (ValueError, RuntimeError, ImportError) as error:
         print(f"r1v2-fast: {error}", file=sys.stderr)
-        return 2
+    except _of_files() as error:
+        print(f"r1v2-fast: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+def _of_files() -> tuple[type[Exception], ...]:
+    """What a user's files and disk raise; imported when something was raised, for a quick start."""
+    import jinja2
+    import safetensors
+    import yaml
+
+    return OSError, safetensors.SafetensorError, yaml.YAMLError, jinja2.TemplateError
+
+
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options):
+        super().__init__(formatter_class=_Help, **options)
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False or action.default == []:
+            return action.help
+        return super()._get_help_string(action)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="r1v2-fast", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
 
     train = commands.add_parser("train", help="run a recipe through its stages")
     train.add_argument("recipe", help="a shipped recipe's name (digits) or a YAML file")
@@ -32,23 +62,23 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("evaluate", help="greedy accuracy of a model folder on a file of records")
     _model_and_data(evaluate)
-    _answering(evaluate, max_new_tokens=12)
-    evaluate.add_argument("--batch-size", type=int, default=64)
+    _scoring(evaluate, time_limit=600.0, what="all answers")
+    _answering(evaluate, max_new_tokens=256)
+    evaluate.add_argument("--batch-size", type=int, default=64, help="records a rollout")
     evaluate.set_defaults(command=_evaluate)
 
     pool = commands.add_parser("filter", help="write the records that a model answers right now and then")
     _model_and_data(pool)
     pool.add_argument("out", help="file to write: .jsonl beside the pictures, or .parquet with them inside")
-    _answering(pool, max_new_tokens=12)
+    _scoring(pool, time_limit=120.0, what="a rollout's responses")
+    _answering(pool, max_new_tokens=256)
     pool.add_argument("--group-size", type=int, default=8, help="responses a record")
-    pool.add_argument("--temperature", type=float, default=1.0)
+    pool.add_argument("--temperature", type=float, default=1.0, help="above 0, or a group repeats one response")
     pool.add_argument("--batch-size", type=int, default=32, help="records a rollout")
     pool.add_argument("--low", type=float, help="least pass rate kept; without it, all above 0")
     pool.add_argument("--high", type=float, help="greatest pass rate kept; without it, all below 1")
     pool.add_argument("--keep-all", action="store_true", help="keep every record, with its pass rate")
-    pool.add_argument("--seed", type=int, default=0)
-    pool.add_argument("--root", help="folder that image paths are relative to; default: the data's")
-    pool.add_argument("--allow-outside", action="store_true", help="image paths may leave the root")
+    pool.add_argument("--seed", type=int, default=0, help="of the responses")
     pool.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
     pool.set_defaults(command=_filter)
 
@@ -69,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="write a run's policy as a Hugging Face folder with a model card")
     export.add_argument("run_folder", metavar="run", help="the folder of a run")
     export.add_argument("out", help="folder to write")
-    export.add_argument("--from", dest="source", default="final", help="final, best or a stage; default: final")
+    export.add_argument("--from", dest="source", default="final", help="final, best or a stage")
     export.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the policy's")
     export.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     export.set_defaults(command=_export)
@@ -89,12 +119,25 @@ def _parser() -> argparse.ArgumentParser:
 def _model_and_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a local InternVL-family folder in Hugging Face format")
     parser.add_argument("data", help="records, .jsonl or .parquet")
-    parser.add_argument("--score", default="exact_match", help="exact_match, math_answer or path.py:name")
     parser.add_argument("--records", type=int, help="only the first so many")
+    parser.add_argument("--root", help="folder that image paths are relative to; default: the data's")
+    parser.add_argument("--allow-outside", action="store_true", help="image paths may leave the root")
+    parser.add_argument("--max-tiles", type=int, help="of a picture; default: what the model's image processor says")
+
+
+def _scoring(parser: argparse.ArgumentParser, *, time_limit: float, what: str) -> None:
+    parser.add_argument(
+        "--score", default="exact_match",
+        help="exact_match, math_answer or path.py:name; an answer is right where its reward is at least 1",
+    )  # fmt: skip
+    parser.add_argument("--time-limit", type=float, default=time_limit, help=f"seconds to score {what}; 0 is none")
+    parser.add_argument(
+        "--on-nan", choices=("stop", "skip"), default="stop", help="at a NaN reward: stop, or leave the answer unscored"
+    )
 
 
 def _answering(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
-    parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens)
+    parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help="of an answer")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes a GPU where there is one")
 
 
@@ -103,8 +146,8 @@ def _train(recipe: str, overrides: list[str], resume: bool) -> int:
 
     from r1v2_fast import config
     from r1v2_fast.report import write
+    from r1v2_fast.stop import Stopped
     from r1v2_fast.train import run
-    from r1v2_fast.train.stop import Stopped
 
     logging.disable_progress_bar()
     try:
@@ -112,14 +155,22 @@ def _train(recipe: str, overrides: list[str], resume: bool) -> int:
     except Stopped as stopped:
         print(f"r1v2-fast: {stopped}; go on with --resume", file=sys.stderr)
         return stopped.status
-    print(f"model   {folder / 'final'}\nreport  {write(folder)}")
+    print(f"model   {folder / 'final'}", flush=True)
+    try:
+        print(f"report  {write(folder)}")
+    except Exception as error:  # the training is done, whatever its report meets
+        said = " ".join(str(error).split()) or type(error).__name__
+        print(f"r1v2-fast: no report: {said}; r1v2-fast report {folder} tries again", file=sys.stderr)
     return 0
 
 
 def _evaluate(**options) -> int:
     from r1v2_fast.commands import evaluate
 
-    print(json.dumps(evaluate.run(**options), indent=2))
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for JSON, and a reward may print
+        metrics = evaluate.run(**options)
+    finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    print(json.dumps(finite, indent=2, allow_nan=False))
     return 0
 
 

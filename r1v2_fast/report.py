@@ -11,11 +11,14 @@ from pathlib import Path
 import yaml
 
 from r1v2_fast import log
+from r1v2_fast.atomic import write_text
+from r1v2_fast.card import trained_on
 from r1v2_fast.data.layouts import text_of
 from r1v2_fast.data.records import Dataset
 
 STAGE_COLOURS = {"align": "#e8eef7", "reward": "#f5efe1", "mpo": "#e6f2ea", "grpo": "#f3e8f3"}
 LINE_COLOURS = ("#2457a6", "#c4581b", "#2b8a57", "#8a3ea0")
+LINE_DASHES = ("-", "--", ":", "-.")  # the next where the colours are used up
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;color:#1d2430;max-width:1040px;margin:2.5rem auto;padding:0 1.2rem}
 h1{font-size:1.7rem;margin-bottom:.2rem} h2{font-size:1.15rem;margin:2.2rem 0 .6rem}
@@ -34,11 +37,11 @@ def write(folder: str | Path) -> Path:
     folder = Path(folder)
     if not (folder / "metrics.jsonl").is_file():
         raise ValueError(f"{folder} holds no metrics.jsonl; give the folder of a run")
-    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
     lines = log.read(folder / "metrics.jsonl")
     samples = log.read(folder / "samples.jsonl") if (folder / "samples.jsonl").is_file() else []
     path = folder / "report.html"
-    path.write_text(_page(folder, recipe, lines, samples), encoding="utf-8")
+    write_text(path, _page(folder, recipe, lines, samples))
     return path
 
 
@@ -46,11 +49,13 @@ def _page(folder: Path, recipe: dict, lines: list[dict], samples: list[dict]) ->
     stages = [stage for stage in recipe["run"]["stages"] if any(line["stage"] == stage for line in lines)]
     at = _axis(stages, lines)
     sets = list(recipe["evaluation"]["sets"])
+    seen = trained_on(recipe, stages)
+    answers = "answers" if seen else "held-out answers"
     plots = [
-        ("Accuracy through the stages", "share of held-out answers that are right", _evals(lines, sets, "accuracy")),
+        ("Accuracy through the stages", f"share of {answers} that are right", _evals(lines, sets, "accuracy")),
         (
             "Hallucination through the stages",
-            "share of held-out answers whose thought names a digit that is not there",
+            f"share of {answers} whose thought names a digit that is not there",
             _evals(lines, sets, "hallucination"),
         ),
         ("Reward components", "mean over a step's responses", _components(lines)),
@@ -65,6 +70,8 @@ def _page(folder: Path, recipe: dict, lines: list[dict], samples: list[dict]) ->
     ]
     body = [f"<h1>{html.escape(recipe['run']['name'])}</h1>"]
     body.append(f'<p class="sub">seed {recipe["run"]["seed"]}, stages {" → ".join(stages)}</p>')
+    for name, stage in seen.items():
+        body.append(f"<p>Stage {stage} trains on {html.escape(name.replace('_', ' '))}: it is not held out.</p>")
     body.append(_table(stages, lines, sets))
     for title, caption, series in plots:
         series = {name: points for name, points in series.items() if points}
@@ -130,12 +137,15 @@ def _plot(at: dict[str, tuple[int, int]], stages: list[str], series: dict[str, P
         start, steps = at[stage]
         axes.axvspan(start, start + steps, color=STAGE_COLOURS[stage], lw=0)
         axes.text(start + steps / 2, 1.02, stage, ha="center", transform=axes.get_xaxis_transform(), color="#5a6473")
-    for colour, (name, points) in zip(LINE_COLOURS, series.items(), strict=False):
+    for index, (name, points) in enumerate(series.items()):
+        colour = LINE_COLOURS[index % len(LINE_COLOURS)]
+        dashes = LINE_DASHES[index // len(LINE_COLOURS) % len(LINE_DASHES)]
         placed = sorted((at[stage][0] + step, value) for stage, step, value in points if stage in at)
         for start, steps in unmeasured:
             if before := [value for x, value in placed if x <= start]:
                 placed = sorted([*placed, (start + steps, before[-1])])
-        axes.plot([x for x, _ in placed], _smooth([y for _, y in placed]), color=colour, lw=1.8, label=name)
+        ys = _smooth([y for _, y in placed])
+        axes.plot([x for x, _ in placed], ys, color=colour, linestyle=dashes, lw=1.8, label=name)
     axes.set_xlim(at[shown[0]][0], sum(at[shown[-1]]))
     axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))
     axes.set_xlabel("optimizer steps, all stages in a row")
@@ -151,7 +161,7 @@ def _plot(at: dict[str, tuple[int, int]], stages: list[str], series: dict[str, P
 
 
 def _table(stages: list[str], lines: list[dict], sets: list[str]) -> str:
-    """Held-out numbers at the end of every policy stage."""
+    """The evaluations at the end of every policy stage."""
     metrics = ("accuracy", "hallucination", "hallucination/right", "hallucination/wrong")
     last = {line["stage"]: line for line in lines if f"eval/{sets[0]}/accuracy" in line}
     rows = []
@@ -180,7 +190,11 @@ def _pictures(folder: Path, recipe: dict, samples: list[dict]) -> str:
     shown = [s for s in shown if (s["stage"], s["step"]) == last]
     out = []
     for name, file in recipe["evaluation"]["sets"].items():
-        cards = [_card(_opener(folder, recipe, file), s) for s in shown if s["set"] == name][:12]
+        of_set = [s for s in shown if s["set"] == name][:12]
+        if not of_set:
+            continue
+        png = _opener(folder, recipe, file)
+        cards = [_card(png, s) for s in of_set]
         out.append(
             f"<h2>Answers after {last[0]}: {html.escape(name.replace('_', ' '))}</h2><div class=cards>{''.join(cards)}</div>"
         )
@@ -189,7 +203,8 @@ def _pictures(folder: Path, recipe: dict, samples: list[dict]) -> str:
 
 def _opener(folder: Path, recipe: dict, file: str) -> Callable[[str], bytes]:
     data = Path(recipe["data"]["folder"])
-    dataset = Dataset((folder / data if recipe["data"]["make"] else data) / file, root=recipe["data"]["root"])
+    path = (folder / data if recipe["data"]["make"] else data) / file
+    dataset = Dataset(path, root=recipe["data"]["root"], allow_outside=recipe["data"]["allow_outside"])
 
     def png(key: str) -> bytes:
         stream = io.BytesIO()

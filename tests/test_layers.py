@@ -18,16 +18,31 @@ LAYERS = {
     "data": {"ops"},
     "judge": {"ops", "config"},
     "atomic": set(),
+    "stop": set(),
+    "run_folder": {"atomic", "config", "_version"},
     "config": set(),
     "loggers": set(),
-    "train": {"ops", "atomic", "config", "buffer", "models", "data", "judge", "log", "loggers", "_version"},
+    "train": {
+        "ops",
+        "atomic",
+        "stop",
+        "config",
+        "run_folder",
+        "buffer",
+        "models",
+        "data",
+        "judge",
+        "log",
+        "loggers",
+        "_version",
+    },
     "log": {"loggers"},
-    "report": {"data", "log"},
+    "report": {"atomic", "card", "data", "log"},
     "card": {"data", "log", "_version"},
     "commands": {"atomic", "config", "models", "data", "judge", "train", "log", "card"},
     "doctor": {"ops", "_version", "_native"},
     "__main__": {"cli"},
-    "cli": {"config", "train", "commands", "report", "doctor", "_version"},
+    "cli": {"config", "stop", "train", "commands", "report", "doctor", "_version"},
 }
 
 
@@ -78,6 +93,11 @@ def test_files_stay_small():
     lengths = {p: len(p.read_text().splitlines()) for p in ROOT.rglob("*.py") if ".venv" not in str(p)}
     assert max(lengths.values()) <= 600, max(lengths, key=lengths.get)
     assert statistics.median(lengths.values()) <= 200
+
+
+def test_the_training_loop_stays_lean():
+    lengths = [len(path.read_text().splitlines()) for path in (PACKAGE / "train").rglob("*.py")]
+    assert sum(lengths) < 1800 and max(lengths) <= 400
 
 
 def test_importing_the_package_imports_neither_torch_nor_triton():

@@ -13,9 +13,9 @@ import torch
 
 from r1v2_fast import config
 from r1v2_fast.log import Log, read
+from r1v2_fast.stop import Stopped, StopRequest
 from r1v2_fast.train import run
 from r1v2_fast.train.checkpoint import META, TENSORS
-from r1v2_fast.train.stop import Stopped, StopRequest
 
 OVERRIDES = [
     "align.steps=6", "reward.steps=4", "mpo.steps=5", "grpo.steps=8", "align.batch_size=8", "run.threads=1",

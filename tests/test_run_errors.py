@@ -14,9 +14,9 @@ import torch
 from r1v2_fast import config
 from r1v2_fast.cli import main
 from r1v2_fast.log import Log, read
+from r1v2_fast.stop import Stopped
 from r1v2_fast.train import run
 from r1v2_fast.train.checkpoint import META, TENSORS, _hash
-from r1v2_fast.train.stop import Stopped
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "own_data"
 REWARD = '''

@@ -5,13 +5,14 @@ R1V2's offline use of the Selective Sample Buffer: a prompt answered always or n
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
-import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -22,7 +23,8 @@ from r1v2_fast.commands import pool
 from r1v2_fast.commands.model import check_at_least, open_model
 from r1v2_fast.data.records import Dataset, Record
 from r1v2_fast.judge.panel import arguments_of
-from r1v2_fast.judge.reward import load_reward, score
+from r1v2_fast.judge.reward import load_reward
+from r1v2_fast.judge.reward import score as judge
 from r1v2_fast.models.policy import Policy
 from r1v2_fast.train.context import Corpus, Reader
 from r1v2_fast.train.rollout import rollout
@@ -33,7 +35,6 @@ BINS = 5  # of the summary, between never and always
 
 @dataclass(frozen=True)
 class Sampling:
-    score: str
     group_size: int
     temperature: float
     max_new_tokens: int
@@ -43,7 +44,8 @@ class Sampling:
 
     def __post_init__(self) -> None:
         check_at_least(1, group_size=self.group_size, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size)
-        if not self.temperature > 0:
+        check_at_least(0, temperature=self.temperature)
+        if self.temperature == 0:
             raise ValueError(f"--temperature must be above 0, or a group repeats one response, got {self.temperature}")
 
     def generator(self, batch: int, device: torch.device) -> torch.Generator:
@@ -64,7 +66,11 @@ def run(
     records: int | None,
     root: str | None,
     allow_outside: bool,
+    max_tiles: int | None,
     overwrite: bool,
+    score: str,
+    time_limit: float,
+    on_nan: Literal["stop", "skip"],
     device: str,
     **sampled: Any,
 ) -> str:
@@ -74,30 +80,37 @@ def run(
 
     records    the first so many
     low, high  pass rates kept, the bounds among them; None is above 0, and below 1
+    score, time_limit, on_nan  the rule, right at 1 or more, and as `judge.reward.score` takes them; 0 seconds are none
     sampled    the fields of `Sampling`
     """
     sampling, path, target = Sampling(**sampled), Path(data), Path(out)
     if keep_all and (low, high) != (None, None):
         raise ValueError(f"expected --keep-all or bounds, got --keep-all with --low {low} and --high {high}")
-    if records is not None:
-        check_at_least(1, records=records)
+    if low is not None and high is not None and not low <= high:
+        raise ValueError(f"--low must be at most --high, got --low {low} and --high {high}")
+    check_at_least(1, records=records, max_tiles=max_tiles)
+    check_at_least(0, time_limit=time_limit)
     if target.exists() and not overwrite:
         raise ValueError(f"{target} exists; add --overwrite or name another file")
     corpus = Corpus(path.parent, root=root, allow_outside=allow_outside)
     dataset = corpus.dataset(path.name)
     chosen = dataset.records[:records]
+    _check_columns(dataset)
     pool.check(target, dataset, chosen)
-    load_reward(sampling.score)
-    policy, reader = open_model(model, corpus, device)
+    rule = functools.partial(judge, score, load_reward(score), time_limit=time_limit or None, on_nan=on_nan)
+    policy, reader = open_model(model, corpus, device, max_tiles=max_tiles)
 
     given = {
         "model": str(Path(model).resolve()),
         "model_time": max(file.stat().st_mtime for file in Path(model).iterdir()),
         "data": str(path.resolve()),
-        "data_digest": hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest(),
+        "data_digest": _digest(path),
         "root": str(dataset.root.resolve()),
+        "max_tiles": reader.pixels.max_tiles,
         "records": len(chosen),
         "device": str(policy.internvl.device),
+        "score": score,
+        "score_digest": _digest(Path(score.rpartition(":")[0])) if ".py:" in score else None,
         **asdict(sampling),
     }
     progress = target.with_name(target.name + ".progress.jsonl")
@@ -105,18 +118,18 @@ def run(
     counts = _resume(progress, given)
     batches = [chosen[start : start + sampling.batch_size] for start in range(0, len(chosen), sampling.batch_size)]
     shown = TextColumn("filter"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*shown, console=Console(stderr=True)) as bar, progress.open("a", encoding="utf-8") as lines:
+    with Progress(*shown, console=Console(stderr=True)) as bar:
         task = bar.add_task("filter", total=len(chosen), completed=sum(map(len, batches[: len(counts)])))
         for index, batch in enumerate(batches[len(counts) :], start=len(counts)):
-            counts.append(_count(policy, reader, dataset, batch, sampling, index))
-            lines.write(json.dumps(counts[-1]) + "\n")
-            lines.flush()
+            counts.append(_count(policy, reader, dataset, batch, sampling, rule, index))
+            _append(progress, counts[-1])
             bar.advance(task, len(batch))
 
     right, scored = ([n for line in counts for n in line[name]] for name in ("right", "scored"))
     rates = [r / n if n else None for r, n in zip(right, scored, strict=True)]
     kept = [i for i, rate in enumerate(rates) if keep_all or _keeps(rate, low, high)]
-    summary = _histogram(rates)
+    cut = sum(line["cut"] for line in counts) / (len(chosen) * sampling.group_size)
+    summary = f"{_histogram(rates)}\n{cut:.1%} of the responses were cut at {sampling.max_new_tokens} tokens"
     if not kept:
         raise ValueError(
             f"no record kept\n{summary}\n{progress} holds the counts: "
@@ -128,23 +141,46 @@ def run(
     return f"{summary}\nkept {len(kept)} of {len(chosen)} records in {target}"
 
 
+def _check_columns(dataset: Dataset) -> None:
+    """A filtered pool may be filtered again, which replaces its columns; a user's own must not be lost."""
+    taken = [name for name in COLUMNS if any(name in record.columns for record in dataset.records)]
+    if taken and len(taken) < len(COLUMNS):
+        raise ValueError(f"{dataset.path}: its column {taken[0]!r} would be overwritten by filter's own: rename it")
+
+
+def _digest(path: Path) -> str:
+    return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
+
+
 def _resume(progress: Path, given: dict[str, Any]) -> list[dict]:
     """The counts of the batches done; raises ValueError where they were made with other arguments."""
     begun, *counts = (log.read(progress) if progress.is_file() else []) or [given]
-    if differs := [
-        f"{name} {begun.get(name)!r}, got {given[name]!r}" for name in given if begun.get(name) != given[name]
-    ]:
+    differs = [f"{name} {begun.get(name)!r}, got {given[name]!r}" for name in given if begun.get(name) != given[name]]
+    if counts and differs:
         raise ValueError(f"{progress} was begun with {'; '.join(differs)}; go on with the same, or remove it")
-    partial = progress.with_name(progress.name + ".partial")  # less the line that a kill cut short
-    partial.write_text("".join(json.dumps(line) + "\n" for line in [given, *counts]), encoding="utf-8")
-    os.replace(partial, progress)
+    with pool.whole(progress) as partial:  # less the line that a kill cut short
+        partial.write_text("".join(json.dumps(line) + "\n" for line in [given, *counts]), encoding="utf-8")
     return counts
 
 
+def _append(progress: Path, counts: dict[str, Any]) -> None:
+    try:
+        with progress.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(counts) + "\n")
+    except OSError as error:
+        raise RuntimeError(f"cannot write {progress}: {error}; make room and start again to go on") from error
+
+
 def _count(
-    policy: Policy, reader: Reader, dataset: Dataset, batch: list[Record], sampling: Sampling, index: int
-) -> dict[str, list[int]]:
-    """Of every record of a batch: the responses that are right, and those that could be scored at all."""
+    policy: Policy,
+    reader: Reader,
+    dataset: Dataset,
+    batch: list[Record],
+    sampling: Sampling,
+    rule: Callable[..., list[float]],
+    index: int,
+) -> dict[str, Any]:
+    """Of every record of a batch: the responses that are right, and those that could be scored; and how many were cut."""
     size = sampling.group_size
     responses = rollout(
         policy,
@@ -156,11 +192,12 @@ def _count(
     )
     each = [record for record in batch for _ in range(size)]
     arguments = arguments_of(each, [reader.encoder.decode(response.ids) for response in responses])
-    scores = score(sampling.score, load_reward(sampling.score), *arguments, [record.where for record in each])
+    scores = rule(*arguments, [record.where for record in each])
     groups = [scores[start : start + size] for start in range(0, len(scores), size)]
     return {
         "right": [sum(value >= 1 for value in group) for group in groups],
         "scored": [sum(not math.isnan(value) for value in group) for group in groups],
+        "cut": sum(not response.finished for response in responses),
     }
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +31,29 @@ def check(path: Path, dataset: Dataset, records: list[Record]) -> None:
 
 def write(path: Path, dataset: Dataset, records: list[Record], columns: dict[str, list]) -> None:
     """Write the records with `columns` added, whole or not at all."""
+    with whole(path) as partial:
+        if path.suffix == ".jsonl":
+            partial.write_text("".join(_lines(records, columns)), encoding="utf-8")
+        else:
+            _write_parquet(partial, dataset, records, columns)
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write, which takes its name at the end; a failure leaves nothing.
+
+    raises  RuntimeError where the disk is full or read-only
+    """
     partial = path.with_name(path.name + ".partial")
-    if path.suffix == ".jsonl":
-        partial.write_text("".join(_lines(records, columns)), encoding="utf-8")
-    else:
-        _write_parquet(partial, dataset, records, columns)
-    os.replace(partial, path)
+    try:
+        yield partial
+        os.replace(partial, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        if isinstance(error, OSError):
+            raise RuntimeError(f"cannot write {path}: {error}; make room and start again to go on") from error
+        raise
 
 
 def _row(record: Record, columns: dict[str, list], index: int) -> dict[str, Any]:
@@ -63,7 +82,7 @@ def _table(records: list[Record], columns: dict[str, list]):
         try:
             arrays[name] = pa.array([row.get(name) for row in rows])
             parquet.ParquetWriter(pa.BufferOutputStream(), pa.schema([(name, arrays[name].type)])).close()
-        except pa.ArrowException as error:
+        except (pa.ArrowException, OverflowError) as error:
             raise ValueError(f"field {name!r} does not fit a .parquet column ({error}); write .jsonl") from error
     return pa.table(arrays)
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoTokenizer, InternVLForConditionalGeneration
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.utils import logging
 
 from r1v2_fast.models import presets, toy_tokenizer
 
+FILES = {
+    "tokenizer": ("tokenizer.json", "tokenizer_config.json"),
+    "image processor": ("preprocessor_config.json", "processor_config.json"),
+}
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
 
@@ -34,7 +41,9 @@ def from_preset(name: str, *, words: list[str], seed: int, dtype: torch.dtype = 
     config.text_config.pad_token_id = tokenizer.pad_token_id
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = InternVLForConditionalGeneration(config).to(dtype)
+        model = InternVLForConditionalGeneration(config)
+        for parameter in model.parameters():  # not the buffers: a loaded folder keeps rotary frequencies in fp32 too
+            parameter.data = parameter.data.to(dtype)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     side = config.vision_config.image_size[0]
@@ -45,15 +54,60 @@ def from_preset(name: str, *, words: list[str], seed: int, dtype: torch.dtype = 
 
 
 def from_folder(path: str | Path, *, dtype: torch.dtype | str = "auto") -> Loaded:
-    """Any local InternVL-family folder in Hugging Face format; nothing is downloaded and no remote code runs."""
+    """Any local InternVL-family folder in Hugging Face format; nothing is downloaded and no remote code runs.
+
+    raises  ValueError where it is another architecture, or a file is missing, broken or does not fit the config
+    """
     path = Path(path)
-    if not (path / "config.json").is_file():
-        raise ValueError(f"model.path must be a local Hugging Face folder with config.json, got {str(path)!r}")
-    model = InternVLForConditionalGeneration.from_pretrained(path, dtype=dtype, local_files_only=True)
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    processor = GotOcr2ImageProcessorPil.from_pretrained(path, local_files_only=True)
+    _check_files(path)
+    model = _read_weights(path, dtype)
+    local = {"local_files_only": True}
+    tokenizer = _read(path, "tokenizer", lambda: AutoTokenizer.from_pretrained(path, **local))
+    processor = _read(path, "image processor", lambda: GotOcr2ImageProcessorPil.from_pretrained(path, **local))
     check_image_token(model.config, tokenizer)
     return Loaded(model.eval(), tokenizer, processor)
+
+
+def _check_files(path: Path) -> None:
+    if not (path / "config.json").is_file():
+        raise ValueError(f"a model must be a local Hugging Face folder with config.json, got {str(path)!r}")
+    config = _read(path, "config.json", lambda: json.loads((path / "config.json").read_text(encoding="utf-8")))
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind != "internvl":
+        hint = "; convert the original checkpoint to transformers' format first" if kind == "internvl_chat" else ""
+        raise ValueError(f"{path}: config.json must have model_type 'internvl', got {kind!r}{hint}")
+    for what, names in FILES.items():  # transformers would make up a tokenizer
+        if not any((path / name).is_file() for name in names):
+            raise ValueError(f"{path} holds no {what}: expected {' or '.join(names)} there")
+
+
+def _read_weights(path: Path, dtype: torch.dtype | str) -> InternVLForConditionalGeneration:
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report of the keys; the message below names them
+    try:
+        model, keys = _read(
+            path,
+            "weights",
+            lambda: InternVLForConditionalGeneration.from_pretrained(
+                path, dtype=dtype, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
+            ),
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    for kind in ("missing", "unexpected", "mismatched"):  # transformers makes up what is missing, and drops the rest
+        names = sorted(key if isinstance(key, str) else key[0] for key in keys[f"{kind}_keys"])
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ValueError(f"{path}: its weights do not fit its config.json, {kind}: {', '.join(names[:3])}{more}")
+    return model
+
+
+def _read(path: Path, what: str, read: Callable[[], Any]) -> Any:
+    """What `read` returns; raises ValueError in one sentence where a file is missing, cut short or of another shape."""
+    try:
+        return read()
+    except Exception as error:  # transformers raises whatever its parsers meet
+        raise ValueError(f"{path}: cannot read its {what}: {' '.join(str(error).split())}") from error
 
 
 def save_folder(path: str | Path, loaded: Loaded, *, state: dict[str, torch.Tensor] | None = None) -> None:

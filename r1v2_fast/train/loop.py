@@ -13,6 +13,7 @@ import time
 
 import torch
 
+from r1v2_fast.stop import Stopped, StopRequest
 from r1v2_fast.train.batching import micro_batches, padded_tokens
 from r1v2_fast.train.checkpoint import Checkpoints
 from r1v2_fast.train.context import Context
@@ -20,7 +21,6 @@ from r1v2_fast.train.evaluate import evaluate_sets
 from r1v2_fast.train.metrics import Mean
 from r1v2_fast.train.optimizer import Optimizer, learning_rate
 from r1v2_fast.train.stages.base import Metrics, Stage
-from r1v2_fast.train.stop import Stopped, StopRequest
 
 
 def run_stage(context: Context, stage: Stage, stop: StopRequest, *, later: list[str]) -> None:

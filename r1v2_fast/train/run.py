@@ -18,6 +18,7 @@ from r1v2_fast.loggers import open_loggers
 from r1v2_fast.models import load, lora
 from r1v2_fast.models.reward_model import RewardModel
 from r1v2_fast.run_folder import claim, note_inputs
+from r1v2_fast.stop import Stopped, StopRequest
 from r1v2_fast.train.checkpoint import Checkpoints
 from r1v2_fast.train.context import Context
 from r1v2_fast.train.evaluate import evaluate_sets
@@ -27,7 +28,6 @@ from r1v2_fast.train.stages.base import Stage
 from r1v2_fast.train.stages.grpo import GRPOStage
 from r1v2_fast.train.stages.mpo import MPOStage
 from r1v2_fast.train.stages.reward import RewardStage
-from r1v2_fast.train.stop import Stopped, StopRequest
 
 STAGES: dict[str, Callable[[Context, Any], Stage]] = {
     stage.name: stage for stage in (AlignStage, RewardStage, MPOStage, GRPOStage)
