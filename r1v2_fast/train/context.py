@@ -117,6 +117,7 @@ class Context:
     def use(self, loaded: load.Loaded) -> None:
         """Make `loaded` the policy of what follows."""
         loaded.model.to(self.device)
+        loaded.image_processor.max_patches = self.recipe.data.max_tiles  # saved with every policy
         self.reader = Reader(self.corpus, loaded, max_tiles=self.recipe.data.max_tiles)
         self.policy = Policy(loaded, self.reader.pixels, FeatureCache())
         self.policy.settle()

@@ -14,7 +14,7 @@ from r1v2_fast.train.evaluate import evaluate
 RUN = [
     "run.stages=[align,reward,grpo]", "align.steps=60", "align.batch_size=32", "align.optimizer.warmup_steps=5",
     "align.optimizer.lr=2.0e-3", "reward.steps=1", "reward.sampling.prompts=4", "grpo.steps=1", "evaluation.every=30",
-    "data.sizes={align: 256, policy: 40, reward: 8, heldout: 24}",
+    "data.sizes={align: 256, policy: 40, reward: 8, heldout: 24}", "data.max_tiles=7",
 ]  # fmt: skip
 
 

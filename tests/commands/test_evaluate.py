@@ -117,3 +117,9 @@ def test_a_broken_model_folder_is_one_sentence(folder, tmp_path, name, capsys):
     assert main(["chat", str(model), "Read."]) == 2
     out, error = capsys.readouterr()
     assert message in error and error.count("\n") == 1 and str(model) in error and not out
+
+
+def test_every_policy_of_a_run_is_saved_with_the_tiles_it_was_trained_on(folder):
+    """So that chat, filter and evaluate on final/ see what training saw."""
+    for place in ("final", "stages/align", "stages/grpo"):
+        assert json.loads((folder / place / "preprocessor_config.json").read_text())["max_patches"] == 7
