@@ -110,6 +110,20 @@ def test_twenty_kills_at_random_moments_change_no_bit(more, tmp_path, recipe):
     same(tmp_path / "whole", tmp_path / "killed")
 
 
+@pytest.mark.slow
+def test_two_threads_give_the_same_bits_in_every_process(tmp_path, recipe):
+    """Without PyTorch's deterministic algorithms no two of these agreed for more than 30 steps."""
+    more = ["run.stages=[align]", "run.threads=2", "align.steps=40", "align.batch_size=64", "evaluation.every=99"]
+    more.append("data.sizes={align: 4000, policy: 8, reward: 8, heldout: 20}")
+    found = []
+    for name in ("a", "b", "c"):
+        process = started(recipe(name, *more), resume=False)
+        process.join()
+        assert process.exitcode == 0
+        found.append([line.get("loss") for line in read(tmp_path / name / "metrics.jsonl")])
+    assert found[0] == found[1] == found[2] and len(found[0]) == 41
+
+
 @pytest.fixture
 def short(tmp_path, recipe):
     """GRPO alone."""

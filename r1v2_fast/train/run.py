@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -20,7 +21,7 @@ from r1v2_fast.models.reward_model import RewardModel
 from r1v2_fast.run_folder import claim, note_inputs
 from r1v2_fast.stop import Stopped, StopRequest
 from r1v2_fast.train.checkpoint import Checkpoints
-from r1v2_fast.train.context import Context
+from r1v2_fast.train.context import Context, pick_device
 from r1v2_fast.train.evaluate import evaluate_sets
 from r1v2_fast.train.loop import run_stage
 from r1v2_fast.train.stages.align import AlignStage
@@ -52,13 +53,28 @@ def train(recipe: Recipe, *, resume: bool = False, log: Log | None = None) -> Pa
     steps = [getattr(recipe, name).steps for name in recipe.run.stages]
     log.first_step = dict(zip(recipe.run.stages, itertools.accumulate(steps, initial=0), strict=False))
     try:
-        with StopRequest() as stop:
+        with StopRequest() as stop, _same_bits(pick_device(recipe.run.device)):
             context = Context(recipe, folder, log)
             _check(context)
             _stages(context, stop)
     finally:
         log.close()
     return folder
+
+
+@contextmanager
+def _same_bits(device: torch.device) -> Iterator[None]:
+    """On a CPU with several threads some of PyTorch's sums take another order in every process, unless told not to."""
+    mode, deterministic = torch.get_deterministic_debug_mode(), cast(Any, torch.utils.deterministic)
+    filled = deterministic.fill_uninitialized_memory
+    if device.type == "cpu":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        deterministic.fill_uninitialized_memory = False  # it is for finding bugs, and costs time
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        deterministic.fill_uninitialized_memory = filled
 
 
 def _check(context: Context) -> None:
