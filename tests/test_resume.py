@@ -112,7 +112,7 @@ def test_twenty_kills_at_random_moments_change_no_bit(more, tmp_path, recipe):
 
 @pytest.mark.slow
 def test_two_threads_give_the_same_bits_in_every_process(tmp_path, recipe):
-    """Without PyTorch's deterministic algorithms no two of these agreed for more than 30 steps."""
+    """Without PyTorch's deterministic algorithms such processes part within these 40 steps."""
     more = ["run.stages=[align]", "run.threads=2", "align.steps=40", "align.batch_size=64", "evaluation.every=99"]
     more.append("data.sizes={align: 4000, policy: 8, reward: 8, heldout: 20}")
     found = []
