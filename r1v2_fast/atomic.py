@@ -1,7 +1,8 @@
-"""Files and folders that are written whole or not at all, whenever the process or the machine dies."""
+"""Files and folders that are written whole or not at all, whenever the process or the machine dies, and their digests."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable
@@ -47,6 +48,15 @@ def recover(path: Path) -> None:
     if old.is_dir() and not path.is_dir():
         os.replace(old, path)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def digest(path: Path) -> str:
+    """blake2b of a file's bytes, in hexadecimal."""
+    found = hashlib.blake2b()
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 24):
+            found.update(chunk)
+    return found.hexdigest()
 
 
 def _beside(path: Path, what: str) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import json
 import platform
 import subprocess
@@ -16,7 +15,7 @@ import torch
 import yaml
 
 from r1v2_fast._version import __version__
-from r1v2_fast.atomic import write_text
+from r1v2_fast.atomic import digest, write_text
 from r1v2_fast.config import Recipe
 
 # what may change between starts: how and where it runs, not what it computes
@@ -81,7 +80,7 @@ def _note_environment(path: Path, resumed: bool, say: Callable[[str], None]) -> 
 
 def note_inputs(path: Path, files: list[Path], say: Callable[[str], None]) -> None:
     """Fingerprints of the data and reward files; a resume on changed ones goes on, and says so."""
-    now = {str(file): _fingerprint(file) for file in files}
+    now = {str(file): digest(file) for file in files}
     if path.is_file():
         before = json.loads(path.read_text())
         for name in sorted(now.keys() & before.keys()):
@@ -89,14 +88,6 @@ def note_inputs(path: Path, files: list[Path], say: Callable[[str], None]) -> No
                 say(f"{name} has changed since the run began: it goes on, and differs from one that was not stopped")
         now = {**now, **before}
     write_text(path, json.dumps(now, indent=2))
-
-
-def _fingerprint(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as stream:
-        while chunk := stream.read(1 << 24):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _commit() -> dict[str, Any]:

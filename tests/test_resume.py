@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from r1v2_fast import config
+from r1v2_fast.atomic import digest
 from r1v2_fast.log import Log, read
 from r1v2_fast.stop import Stopped, StopRequest
 from r1v2_fast.train import run
@@ -309,19 +310,17 @@ def test_a_checkpoint_of_another_architecture_names_the_parameter(tmp_path, shor
     path = tmp_path / "b" / "checkpoints" / "grpo-000005"
     from safetensors.torch import load_file, save_file
 
-    from r1v2_fast.train.checkpoint import _hash
-
     tensors = load_file(path / TENSORS)
     name = next(n for n in tensors if n.startswith("parameter/"))
     wider = {n: torch.cat([t, t]) if n == name else t for n, t in tensors.items()}
     save_file(wider, path / TENSORS)
     state = json.loads((path / META).read_text())
-    state |= {"bytes": (path / TENSORS).stat().st_size, "blake2b": _hash(path / TENSORS)}
+    state |= {"bytes": (path / TENSORS).stat().st_size, "blake2b": digest(path / TENSORS)}
     (path / META).write_text(json.dumps(state))
     with pytest.raises(ValueError, match=r"grpo-000005 is a checkpoint of another architecture: parameter '.*' is \("):
         run.train(short("b", *source), resume=True)
     save_file(tensors, path / TENSORS)
-    state |= {"bytes": (path / TENSORS).stat().st_size, "blake2b": _hash(path / TENSORS)}
+    state |= {"bytes": (path / TENSORS).stat().st_size, "blake2b": digest(path / TENSORS)}
     (path / META).write_text(json.dumps(state))
     run.train(short("b", *source), resume=True)
 

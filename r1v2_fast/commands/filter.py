@@ -6,7 +6,6 @@ R1V2's offline use of the Selective Sample Buffer: a prompt answered always or n
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from r1v2_fast import log
+from r1v2_fast.atomic import digest
 from r1v2_fast.commands import pool
 from r1v2_fast.commands.model import check_at_least, open_model
 from r1v2_fast.data.records import Dataset, Record
@@ -26,7 +26,7 @@ from r1v2_fast.judge.panel import arguments_of
 from r1v2_fast.judge.reward import load_reward
 from r1v2_fast.judge.reward import score as judge
 from r1v2_fast.models.policy import Policy
-from r1v2_fast.train.context import Corpus, Reader
+from r1v2_fast.train.context import Corpus, Reader, seed_of
 from r1v2_fast.train.rollout import rollout
 
 COLUMNS = ("pass_rate", "pass_count", "responses")
@@ -50,9 +50,7 @@ class Sampling:
 
     def generator(self, batch: int, device: torch.device) -> torch.Generator:
         """A pure function of (seed, batch): going on after a kill restores no state."""
-        key = f"{self.seed}/filter/{batch}".encode()
-        seed = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
-        return torch.Generator(device).manual_seed(seed)
+        return torch.Generator(device).manual_seed(seed_of(self.seed, "filter", batch))
 
 
 def run(
@@ -104,13 +102,13 @@ def run(
         "model": str(Path(model).resolve()),
         "model_time": max(file.stat().st_mtime for file in Path(model).iterdir()),
         "data": str(path.resolve()),
-        "data_digest": _digest(path),
+        "data_digest": digest(path),
         "root": str(dataset.root.resolve()),
         "max_tiles": reader.pixels.max_tiles,
         "records": len(chosen),
         "device": str(policy.internvl.device),
         "score": score,
-        "score_digest": _digest(Path(score.rpartition(":")[0])) if ".py:" in score else None,
+        "score_digest": digest(Path(score.rpartition(":")[0])) if ".py:" in score else None,
         **asdict(sampling),
     }
     progress = target.with_name(target.name + ".progress.jsonl")
@@ -146,10 +144,6 @@ def _check_columns(dataset: Dataset) -> None:
     taken = [name for name in COLUMNS if any(name in record.columns for record in dataset.records)]
     if taken and len(taken) < len(COLUMNS):
         raise ValueError(f"{dataset.path}: its column {taken[0]!r} would be overwritten by filter's own: rename it")
-
-
-def _digest(path: Path) -> str:
-    return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
 
 
 def _resume(progress: Path, given: dict[str, Any]) -> list[dict]:

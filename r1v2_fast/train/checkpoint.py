@@ -6,7 +6,6 @@ stage's own state (buffer, reward shift, reference, data position), and needs no
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from r1v2_fast.atomic import write_folder
+from r1v2_fast.atomic import digest, write_folder
 from r1v2_fast.train.optimizer import Optimizer
 from r1v2_fast.train.stages.base import Stage
 
@@ -88,16 +87,8 @@ class Checkpoints:
 def _write(folder: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
     # clones: safetensors refuses tensors that share memory, as the tied ones of a buffer's samples may
     save_file({name: t.clone().contiguous().cpu() for name, t in tensors.items()}, str(folder / TENSORS))
-    whole = {**state, "bytes": (folder / TENSORS).stat().st_size, "blake2b": _hash(folder / TENSORS)}
+    whole = {**state, "bytes": (folder / TENSORS).stat().st_size, "blake2b": digest(folder / TENSORS)}
     (folder / META).write_text(json.dumps(whole))
-
-
-def _hash(path: Path) -> str:
-    digest = hashlib.blake2b()
-    with path.open("rb") as stream:
-        while chunk := stream.read(1 << 24):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _broken(path: Path) -> str | None:
@@ -107,7 +98,7 @@ def _broken(path: Path) -> str | None:
         got = (path / TENSORS).stat().st_size
         if got != state["bytes"]:
             return f"{TENSORS} has {got} bytes, {state['bytes']} were written"
-        if _hash(path / TENSORS) != state["blake2b"]:
+        if digest(path / TENSORS) != state["blake2b"]:
             return f"{TENSORS} does not hold what was written"
     except (OSError, ValueError, KeyError) as error:
         return f"{type(error).__name__}: {error}"

@@ -132,9 +132,7 @@ class Context:
         return load.from_preset(model.preset, words=digits.WORDS, seed=self.recipe.run.seed, dtype=dtype)
 
     def seed(self, what: str, step: int) -> int:
-        """63 bits for one use in one step, a pure function of the run's seed: a resume restores no random state."""
-        key = f"{self.recipe.run.seed}/{what}/{step}".encode()
-        return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
+        return seed_of(self.recipe.run.seed, what, step)
 
     def generator(self, what: str, step: int) -> torch.Generator:
         return torch.Generator(self.device).manual_seed(self.seed(what, step))
@@ -145,6 +143,12 @@ class Context:
         random.seed(seed)
         np.random.seed(seed & 0xFFFFFFFF)
         torch.manual_seed(seed)
+
+
+def seed_of(seed: int, what: str, step: int) -> int:
+    """63 bits for one use in one step, a pure function of the seed: a resume restores no random state."""
+    key = f"{seed}/{what}/{step}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
 
 
 def pick_device(name: str) -> torch.device:

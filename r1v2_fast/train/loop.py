@@ -93,7 +93,7 @@ def _learn(stage: Stage, samples: list, optimizer: Optimizer, step: int, metrics
 
 
 def _rehearse(stage: Stage, optimizer: Optimizer) -> None:
-    """The largest forward and backward that the stage can meet, thrown away: memory runs out now or not at all."""
+    """The largest forward and backward that the stage is expected to meet, thrown away: memory runs out now, not later."""
     largest = stage.largest()
     _add_gradient(stage, micro_batches(largest, stage.settings.micro_batch_tokens)[0], largest, optimizer, {})
     optimizer.adamw.zero_grad(set_to_none=True)

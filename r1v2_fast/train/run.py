@@ -43,7 +43,7 @@ def train(recipe: Recipe, *, resume: bool = False, log: Log | None = None) -> Pa
     folder = Path(recipe.run.folder)
     if recipe.run.threads is not None:
         torch.set_num_threads(recipe.run.threads)
-    torch.zeros(1).exp_()  # PyTorch 2.13's first exp on several threads may err in the last bits; one thread's does not
+    torch.zeros(1).exp_()  # PyTorch 2.13's first exp on several threads may err by 1e-4; one thread's does not
     log = log or Log(folder)
     claim(folder, recipe, resume=resume, say=log.say)
     log.loggers = open_loggers(

@@ -24,9 +24,7 @@ class Sample:
     advantage: float
     behaviour_logprobs: torch.Tensor  # as it was sampled
     replayed: bool = False
-    old_logprobs: torch.Tensor | None = (
-        None  # before the step's first update; None: the policy's own, one update a step
-    )
+    old_logprobs: torch.Tensor | None = None  # before the step's first update; None where that is the only one
     ref_logprobs: torch.Tensor | None = None  # with a KL term
 
     @property
