@@ -1,115 +1,97 @@
 """policy_loss against its reference in value and gradient, and the promises of its contract."""
 
-import itertools
-
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from r1v2_fast.ops.policy_loss import KINDS, _op, policy_loss
-from r1v2_fast.reference import policy_loss as reference
+from r1v2_fast.ops import _policy_loss_autograd
+from r1v2_fast.ops._policy_loss_autograd import _torch_op
+from r1v2_fast.ops._policy_loss_settings import KINDS, METRICS
+from r1v2_fast.ops.policy_loss import policy_loss
 from r1v2_fast.testing.accuracy import assert_as_accurate
+from r1v2_fast.testing.responses import EVERYTHING, SETTINGS, by_reference, op_arguments, responses
 
-OFFSETS = torch.tensor([0, 3, 3, 8, 12])
-N, B = 12, 4
-
-
-def inputs(dtype=torch.float64, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    draw = lambda scale: torch.randn(N, generator=g, dtype=torch.float64) * scale  # noqa: E731
-    logprobs = -draw(1.0).abs()
-    tensors = {
-        "logprobs": logprobs,
-        "old": logprobs + draw(0.3),
-        "ref": logprobs + draw(0.2),
-        "behaviour": logprobs + draw(0.5),
-        "advantages": torch.tensor([1.0, 2.0, -1.0, 0.0], dtype=torch.float64),
-    }
-    return {name: value.to(dtype) for name, value in tensors.items()}
+N = 12
 
 
-def rows():
-    return torch.searchsorted(OFFSETS[1:], torch.arange(N), right=True)
+def ours(batch, kind, chosen, *, padded=False, **more):
+    """Loss, gradient in the log-probs and in the entropies, metrics."""
+    shape = batch.padded if padded else (lambda values: values)
+    logprobs, entropy = (shape(x).clone().requires_grad_() for x in (batch.logprobs, batch.entropy))
+    arguments = op_arguments(batch, kind, chosen, padded=padded)
+    if "entropy" in arguments:
+        arguments["entropy"] = entropy
+    out = policy_loss(logprobs, **{**arguments, **more})
+    grads = torch.autograd.grad(out.loss, (logprobs, entropy), allow_unused=True, materialize_grads=True)
+    return (out.loss.detach(), *grads), out.metrics
 
 
-def padded(values):
-    out = torch.full((B, 5), float("nan"), dtype=values.dtype)
-    for b in range(B):
-        own = values[OFFSETS[b] : OFFSETS[b + 1]]
-        out[b, : len(own)] = own
-    return out
-
-
-MASK = padded(torch.ones(N)) == 1
-
-
-def both(x, kind, kl_kind, dtype):
-    normalizer = 20.0 if kind == "dr_grpo" else None
-    common = {"kl_coef": 0.1, "kl_kind": kl_kind, "normalizer": normalizer}
-    leaf = x["logprobs"].to(dtype).clone().requires_grad_()
-    ours = policy_loss(
-        leaf, x["old"].to(dtype), x["advantages"].to(dtype), offsets=OFFSETS, kind=kind,
-        ref_logprobs=x["ref"].to(dtype), behaviour_logprobs=x["behaviour"].to(dtype), **common,
-    ).loss  # fmt: skip
-
-    def plain(to):
-        t = {name: value.to(dtype).to(to) for name, value in x.items()}
-        own = t["logprobs"].clone().requires_grad_()
-        value = reference.policy_loss(
-            own, t["old"], t["advantages"][rows()], OFFSETS.tolist(), ref_N=t["ref"], behaviour_N=t["behaviour"],
-            aggregate=KINDS[kind], **common,
-        )  # fmt: skip
-        return value.detach(), torch.autograd.grad(value, own)[0]
-
-    return (ours.detach(), torch.autograd.grad(ours, leaf)[0]), plain(dtype), plain(torch.float64)
+def plain(batch, kind, chosen, dtype):
+    there = batch.to(dtype)
+    logprobs, entropy = (x.clone().requires_grad_() for x in (there.logprobs, there.entropy))
+    loss = by_reference(logprobs, entropy, there, kind, chosen)
+    return (loss.detach(), *torch.autograd.grad(loss, (logprobs, entropy), allow_unused=True, materialize_grads=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("kl_kind", ["k1", "k2", "k3"])
-def test_loss_and_gradient_follow_the_reference(kind, kl_kind, dtype):
-    ours, plain, truth = both(inputs(), kind, kl_kind, dtype)
-    for value, same, exact in zip(ours, plain, truth, strict=True):
-        assert_as_accurate(value, same, exact)
-
-
-def test_the_reference_passes_gradcheck():
-    x = inputs()
-    function = lambda lp: reference.policy_loss(  # noqa: E731
-        lp, x["old"], x["advantages"][rows()], OFFSETS.tolist(), ref_N=x["ref"], kl_coef=0.1, behaviour_N=x["behaviour"]
-    )
-    assert torch.autograd.gradcheck(function, x["logprobs"].requires_grad_())
+def test_loss_and_gradients_follow_the_reference(kind, name, dtype):
+    batch = responses().to(dtype)
+    found, _ = ours(batch, kind, SETTINGS[name])
+    same, truth = (plain(batch, kind, SETTINGS[name], to) for to in (dtype, torch.float64))
+    for value, own, exact in zip(found, same, truth, strict=True):
+        assert_as_accurate(value, own, exact)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_padded_and_packed_give_the_same_bits_and_padding_may_hold_anything(kind):
-    x = inputs(torch.float32)
-    packed, wide = x["logprobs"].clone().requires_grad_(), padded(x["logprobs"]).requires_grad_()
-    a = policy_loss(packed, x["old"], x["advantages"], offsets=OFFSETS, kind=kind, normalizer=20.0)
-    b = policy_loss(wide, padded(x["old"]), x["advantages"], mask=MASK, kind=kind, normalizer=20.0)
-    a.loss.backward()
-    b.loss.backward()
-    assert torch.equal(a.loss, b.loss)
-    assert torch.equal(packed.grad, wide.grad[MASK])
-    assert torch.equal(wide.grad[~MASK], torch.zeros_like(wide.grad[~MASK]))
-    for name in a.metrics:
-        assert torch.equal(a.metrics[name], b.metrics[name]), name
+@pytest.mark.parametrize("name", ["plain", "everything", "everything, per token"])
+def test_the_reference_passes_gradcheck_with_what_it_holds_constant_held(kind, name):
+    batch = responses()
+
+    def function(logprobs, entropy):
+        return by_reference(logprobs, entropy, batch, kind, SETTINGS[name], anchor_N=batch.logprobs)
+
+    leaves = [batch.logprobs.clone().requires_grad_(), batch.entropy.clone().requires_grad_()]
+    assert torch.autograd.gradcheck(function, leaves)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_any_split_into_micro_batches_gives_the_same_gradient(kind):
-    x = inputs()
-    whole = x["logprobs"].clone().requires_grad_()
-    policy_loss(whole, x["old"], x["advantages"], offsets=OFFSETS, kind=kind, normalizer=7.0).loss.backward()
-    parts = x["logprobs"].clone().requires_grad_()
-    for first, last in ((0, 1), (1, 3), (3, 4)):
-        at = slice(int(OFFSETS[first]), int(OFFSETS[last]))
-        offsets = OFFSETS[first : last + 1] - OFFSETS[first]
-        policy_loss(
-            parts[at], x["old"][at], x["advantages"][first:last], offsets=offsets, kind=kind, normalizer=7.0
-        ).loss.backward()
-    assert_as_accurate(parts.grad, whole.grad, whole.grad)
+@pytest.mark.parametrize("name", ["plain", "per token", "sequence mask", "everything", "everything, per token"])
+def test_padded_and_packed_give_the_same_bits_and_padding_may_hold_anything(kind, name):
+    batch = responses(seed=3).to(torch.float32)
+    chosen = SETTINGS[name] | ({"normalizer": 20.0} if kind == "dr_grpo" else {})
+    packed, metrics = ours(batch, kind, chosen)
+    wide, wide_metrics = ours(batch, kind, chosen, padded=True)
+    assert torch.equal(packed[0], wide[0])
+    for values, padded in zip(packed[1:], wide[1:], strict=True):
+        assert torch.equal(values, padded[batch.mask])
+        assert torch.equal(padded[~batch.mask], torch.zeros_like(padded[~batch.mask]))
+    assert metrics.keys() == wide_metrics.keys()
+    for metric in metrics:
+        assert torch.equal(metrics[metric], wide_metrics[metric]), metric
+
+
+def test_a_mask_may_have_holes():
+    batch = responses((2, 3), seed=1).to(torch.float32)
+    mask = torch.tensor([[True, False, True, False], [False, True, True, True]])
+    spread = lambda x: x.new_full((2, 4), torch.nan).masked_scatter(mask, x)  # noqa: E731
+    packed = policy_loss(batch.logprobs, batch.old_logprobs, batch.advantages, offsets=batch.offsets, kind="gspo")
+    wide = policy_loss(spread(batch.logprobs), spread(batch.old_logprobs), batch.advantages, mask=mask, kind="gspo")
+    assert packed.loss == wide.loss
+    assert packed.metrics == wide.metrics
+
+
+def test_tokens_of_no_sequence_are_left_alone():
+    batch = responses((3, 4))
+    logprobs = torch.cat([torch.full((2,), torch.nan), batch.logprobs, torch.full((1,), torch.nan)]).requires_grad_()
+    old = torch.cat([torch.zeros(2), batch.old_logprobs, torch.zeros(1)])
+    inside = policy_loss(batch.logprobs, batch.old_logprobs, batch.advantages, offsets=batch.offsets, kind="dapo")
+    out = policy_loss(logprobs, old, batch.advantages, offsets=batch.offsets + 2, kind="dapo")
+    out.loss.backward()
+    assert out.loss == inside.loss
+    assert logprobs.grad[[0, 1, 9]].tolist() == [0, 0, 0] and (logprobs.grad[2:9] != 0).any()
 
 
 def test_zero_advantage_is_exactly_nothing_even_at_an_infinite_ratio():
@@ -125,10 +107,24 @@ def test_zero_advantage_is_exactly_nothing_even_at_an_infinite_ratio():
     assert out.loss == -0.5 and logprobs.grad.tolist() == [0.0, -0.5]
 
 
-def test_on_policy_the_gradient_is_minus_the_advantage():
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"dr_grpo"}))
+def test_on_policy_the_gradient_is_minus_the_advantage_over_the_divisor(kind):
+    """At rho = 1 every kind is the policy gradient."""
     logprobs = torch.tensor([-1.0, -2.0], requires_grad=True)
-    policy_loss(logprobs, logprobs.detach(), torch.tensor([3.0]), offsets=torch.tensor([0, 2])).loss.backward()
-    assert logprobs.grad.tolist() == [-1.5, -1.5]
+    chosen = {"aggregate": "token_sum", "kind": kind, "clip_high": 5.0 if kind == "cispo" else 0.2}
+    policy_loss(
+        logprobs, logprobs.detach(), torch.tensor([3.0]), offsets=torch.tensor([0, 2]), **chosen
+    ).loss.backward()
+    assert torch.allclose(logprobs.grad, torch.tensor([-3.0, -3.0]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_nan_is_not_swallowed(kind):
+    """Neither by a clamp nor by a clip: loss and gradient say it."""
+    batch = responses((3, 2)).to(torch.float32)
+    batch.logprobs[1], batch.token_advantages[:] = torch.nan, 1.0
+    (loss, grad, _), _ = ours(batch, kind, {"per_token": True, "normalizer": 2.0})
+    assert loss.isnan() and grad.isnan().any()
 
 
 def test_the_replay_weight_is_capped_and_constant():
@@ -142,51 +138,106 @@ def test_the_replay_weight_is_capped_and_constant():
     assert out.metrics["sampling/importance_sampling_ratio/max"] == 2.0
 
 
+def test_a_replayed_token_is_weighted_and_clipped_as_the_decoupled_objective_says():
+    """min(exp(prox - behaviour), cap) min(r A, clip(r) A), r = exp(logprob - prox)."""
+    prox, behaviour = torch.tensor([-1.0, -1.0]), torch.tensor([-1.2, -0.9])
+    logprobs = torch.tensor([-0.5, -1.1])
+    out = policy_loss(
+        logprobs, prox, torch.tensor([1.0]), offsets=torch.tensor([0, 2]), behaviour_logprobs=behaviour,
+        aggregate="token_sum",
+    )  # fmt: skip
+    expected = -(torch.exp(torch.tensor(0.2)) * 1.2 + torch.exp(torch.tensor(-0.1)) * torch.exp(torch.tensor(-0.1)))
+    assert out.loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
 def test_clip_metrics_count_what_was_clipped():
     old = torch.zeros(4)
     logprobs = torch.tensor([0.5, -0.5, 0.5, 0.0])
     out = policy_loss(logprobs, old, torch.tensor([1.0, -1.0, -1.0, 1.0]), offsets=torch.arange(5))
     assert out.metrics["clip_ratio/high_mean"] == 0.25 and out.metrics["clip_ratio/low_mean"] == 0.25
     assert out.metrics["clip_ratio/region_mean"] == 0.5 and "kl" not in out.metrics
+    assert out.metrics["clip_ratio/high_max"] == 1 and out.metrics["clip_ratio/low_min"] == 0
+
+
+def test_only_metrics_that_mean_something_are_reported():
+    batch = responses()
+    shown = {kind: set(ours(batch, kind, {})[1]) for kind in KINDS}
+    assert "cispo_clip_ratio" in shown["cispo"] and "clip_ratio/low_mean" not in shown["cispo"]
+    assert "vespo/phi_seq_mean" in shown["vespo"] and shown["sapo"] == {"ratio/mean"}
+    everything = set(ours(batch, "grpo", EVERYTHING)[1])
+    assert everything == set(METRICS) - {"cispo_clip_ratio", "vespo/phi_seq_mean"}
+
+
+def test_bnpo_without_a_normalizer_divides_by_the_tokens_of_the_call_and_dapo_by_the_batch():
+    batch = responses((2, 6))
+    whole, _ = ours(batch, "bnpo", {})
+    assert torch.equal(whole[1], ours(batch, "dapo", {"normalizer": 8.0})[0][1])
 
 
 def test_an_all_masked_batch_gives_a_differentiable_zero():
     logprobs = torch.full((2, 3), float("nan"), requires_grad=True)
-    out = policy_loss(logprobs, logprobs.detach(), torch.ones(2), mask=torch.zeros(2, 3, dtype=torch.bool))
-    out.loss.backward()
-    assert out.loss == 0 and torch.equal(logprobs.grad, torch.zeros(2, 3))
+    for kind in KINDS:
+        out = policy_loss(
+            logprobs, logprobs.detach(), torch.ones(2), mask=torch.zeros(2, 3, dtype=torch.bool), kind=kind
+        )
+        (grad,) = torch.autograd.grad(out.loss, logprobs)
+        assert out.loss == 0 and torch.equal(grad, torch.zeros(2, 3))
+        assert all(value.isfinite() for value in out.metrics.values())
     empty = torch.zeros(0, requires_grad=True)
     policy_loss(empty, empty.detach(), torch.zeros(0), offsets=torch.zeros(1, dtype=torch.int64)).loss.backward()
     assert empty.grad.shape == (0,)
 
 
-def test_opcheck_accepts_it_and_it_compiles_into_one_graph():
-    x = inputs(torch.float32)
-    live = torch.ones(N, dtype=torch.bool)
-    arguments = (B, 0, x["ref"], x["behaviour"], 0.2, 0.2, 20.0, 0.1, "k3", 2.0, "token_mean", None)
-    torch.library.opcheck(_op, (x["logprobs"], x["old"], x["advantages"][rows()], live, rows(), *arguments))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_inputs_give_an_fp32_loss_and_a_gradient_in_their_dtype(dtype):
+    batch = responses().to(dtype)
+    (loss, grad, _), metrics = ours(batch, "grpo", SETTINGS["everything"])
+    wide, _ = ours(batch.to(torch.float32), "grpo", SETTINGS["everything"])
+    assert loss.dtype == metrics["kl"].dtype == torch.float32 and grad.dtype == dtype
+    assert torch.equal(loss, wide[0]) and torch.equal(grad, wide[1].to(dtype))
 
-    def step(logprobs):
-        return policy_loss(logprobs, x["old"], x["advantages"], offsets=OFFSETS).loss
 
-    grads = []
+def test_opcheck_accepts_it_and_it_compiles_into_one_graph(monkeypatch):
+    batch, called = responses().to(torch.float32), []
+    monkeypatch.setattr(_policy_loss_autograd, "_torch_op", lambda *inputs: called.append(inputs) or _torch_op(*inputs))
+    ours(batch, "grpo", EVERYTHING)
+    ours(batch, "vespo", {}, padded=True)
+    monkeypatch.undo()
+    for inputs in called:
+        torch.library.opcheck(_torch_op, [x.detach() if isinstance(x, torch.Tensor) else x for x in inputs])
+
+    def step(logprobs, entropy):
+        return policy_loss(logprobs, **{**op_arguments(batch, "grpo", EVERYTHING), "entropy": entropy}).loss
+
+    seen = []
     for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
-        leaf = x["logprobs"].clone().requires_grad_()
-        function(leaf).backward()
-        grads.append(leaf.grad)
-    assert torch.equal(*grads)
+        leaves = [batch.logprobs.clone().requires_grad_(), batch.entropy.clone().requires_grad_()]
+        seen.append(torch.autograd.grad(function(*leaves), leaves))
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"kind": "grp"}, "kind must be one of"),
+        ({"ratio_level": "word"}, "ratio_level must be one of"),
+        ({"kind": "gspo", "ratio_level": "token"}, "defined by its sequence's ratio"),
+        ({"rollout_mode": "truncate"}, "rollout_mode must be one of"),
         ({"offsets": None}, "not both or neither"),
+        ({"offsets": torch.tensor([0, 3, 2])}, "must not decrease"),
+        ({"offsets": torch.tensor([0, 2, 5])}, r"must lie in \[0, N = 4\], got 0 and 5"),
+        ({"offsets": torch.tensor([0.0, 2, 4])}, "offsets int"),
         ({"kind": "dr_grpo"}, "B \\* L_max"),
         ({"kl_coef": 0.1}, "needs ref_logprobs"),
+        ({"entropy_coef": 0.1}, "needs entropy"),
+        ({"normalizer": 0.0}, "normalizer must be above 0"),
+        ({"dual_clip": 1.0}, "dual_clip must be above 1"),
+        ({"clip_low": -0.1}, "clip_low must be 0 or more"),
+        ({"sapo_tau": (0.0, 1.0)}, "temperatures above 0"),
         ({"advantages": torch.zeros(3)}, r"advantages must be \[2\]"),
+        ({"importance_weights": torch.zeros(3)}, r"importance_weights must be \[2\]"),
         ({"old_logprobs": torch.zeros(3)}, "old_logprobs must be"),
-        ({"backend": "triton"}, "must be one of"),
+        ({"backend": "cuda"}, "must be one of"),
     ],
 )
 def test_wrong_arguments_say_what_was_expected_and_what_came(change, message):
@@ -198,30 +249,21 @@ def test_wrong_arguments_say_what_was_expected_and_what_came(change, message):
         policy_loss(**{**arguments, **change})
 
 
-@settings(deadline=None, max_examples=40)
-@example(lengths=[2, 5], kind="grpo", spread=0.01, kl_coef=0.3, seed=1)  # terms of both signs cancel
+@settings(deadline=None, max_examples=120)
+@example(lengths=[2, 5], kind="grpo", name="k3", spread=0.01, seed=1)  # terms of both signs cancel
 @given(
     lengths=st.lists(st.integers(0, 6), min_size=1, max_size=6),
     kind=st.sampled_from(list(KINDS)),
+    name=st.sampled_from(list(SETTINGS)),
     spread=st.sampled_from([0.01, 1.0, 40.0]),
-    kl_coef=st.sampled_from([0.0, 0.3]),
     seed=st.integers(0, 999),
 )
-def test_any_batch_follows_the_relative_rule(lengths, kind, spread, kl_coef, seed):
-    g = torch.Generator().manual_seed(seed)
-    n, offsets = sum(lengths), [0, *itertools.accumulate(lengths)]
-    logprobs, old, ref = (-torch.rand(n, generator=g) * spread for _ in range(3))
-    advantages = torch.randint(-1, 2, (len(lengths),), generator=g).float()
-    common = {"kl_coef": kl_coef, "normalizer": 20.0 if kind == "dr_grpo" else None}
-
-    def plain(to):
-        leaf = logprobs.to(to).requires_grad_()
-        own = advantages.to(to).repeat_interleave(torch.tensor(lengths))
-        value = reference.policy_loss(leaf, old.to(to), own, offsets, ref_N=ref.to(to), aggregate=KINDS[kind], **common)
-        return value.detach(), torch.autograd.grad(value, leaf)[0]
-
-    leaf = logprobs.clone().requires_grad_()
-    loss = policy_loss(leaf, old, advantages, offsets=torch.tensor(offsets), kind=kind, ref_logprobs=ref, **common).loss
-    ours = (loss.detach(), torch.autograd.grad(loss, leaf)[0])
-    for value, same, exact in zip(ours, plain(torch.float32), plain(torch.float64), strict=True):
-        assert_as_accurate(value, same, exact)
+def test_any_batch_follows_the_relative_rule(lengths, kind, name, spread, seed):
+    batch = responses(tuple(lengths), seed=seed, spread=spread).to(torch.float32)
+    assume(sum(lengths) != len(lengths))  # where N = B a value for each token is taken for one for each sequence
+    found, _ = ours(batch, kind, SETTINGS[name])
+    same, truth = (plain(batch, kind, SETTINGS[name], to) for to in (torch.float32, torch.float64))
+    if not all(value.isfinite().all() for value in truth):  # a chain rule of infinities, as autograd makes it
+        return
+    for value, own, exact in zip(found, same, truth, strict=True):
+        assert_as_accurate(value, own, exact)

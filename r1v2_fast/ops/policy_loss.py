@@ -5,27 +5,27 @@ B sequences, T padded length, N tokens. Padded input is read as packed tokens un
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 
 from r1v2_fast.ops import _backend
-from r1v2_fast.ops._once import differentiable_once
-
-_backend.register("policy_loss")
-
-KINDS = {"grpo": "seq_mean_token_mean", "dr_grpo": "seq_mean_token_sum_norm", "dapo": "token_mean"}
-AGGREGATES = ("token_mean", "token_sum", "seq_mean_token_sum", "seq_mean_token_sum_norm", "seq_mean_token_mean")
-METRICS = (
-    "clip_ratio/low_mean",
-    "clip_ratio/high_mean",
-    "clip_ratio/region_mean",
-    "ratio/mean",
-    "kl",
-    "sampling/importance_sampling_ratio/min",
-    "sampling/importance_sampling_ratio/mean",
-    "sampling/importance_sampling_ratio/max",
+from r1v2_fast.ops._policy_loss_autograd import metrics_and_loss
+from r1v2_fast.ops._policy_loss_settings import (
+    AGGREGATES,
+    KINDS,
+    KL_KINDS,
+    ROLLOUT_MODES,
+    Numbers,
+    Words,
+    or_infinite,
+    reported,
 )
+
+_backend.register("policy_loss", ("triton", _backend.triton_why_not))
+
+Number = float | torch.Tensor
 
 
 class PolicyLoss(NamedTuple):
@@ -38,230 +38,226 @@ def policy_loss(
     old_logprobs: torch.Tensor,  # as logprobs
     advantages: torch.Tensor,  # [B], or as logprobs
     *,
-    mask: torch.Tensor | None = None,  # [B, T] bool
+    mask: torch.Tensor | None = None,  # [B, T]
     offsets: torch.Tensor | None = None,  # [B + 1]
     kind: str = "grpo",
+    ratio_level: str | None = None,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
+    ratio_cap: float | None = None,
+    dual_clip: float | None = None,
     log_ratio_clamp: float | None = 20.0,
-    ref_logprobs: torch.Tensor | None = None,
+    ref_logprobs: torch.Tensor | None = None,  # as logprobs
     kl_coef: float = 0.0,
     kl_kind: str = "k3",
-    behaviour_logprobs: torch.Tensor | None = None,
+    kl_importance: bool = False,
+    importance_weights: torch.Tensor | None = None,  # [B], or as logprobs
+    rollout_logprobs: torch.Tensor | None = None,  # as logprobs
+    rollout_mode: str = "token_truncate",
+    rollout_cap: float | None = 3.0,
+    rollout_min: float | None = None,
+    behaviour_logprobs: torch.Tensor | None = None,  # as logprobs
     behaviour_cap: float = 2.0,
+    off_policy_threshold: float | None = None,
+    token_weights: torch.Tensor | None = None,  # as logprobs
+    entropy: torch.Tensor | None = None,  # as logprobs
+    entropy_coef: float = 0.0,
+    entropy_normalizer: Number | None = None,
+    cispo_low: float | None = None,
+    sapo_tau: tuple[float, float] = (1.0, 1.05),
+    vespo: tuple[float, float, float, float] = (2.0, 3.0, 3.0, 2.0),
+    gmpo_clamp: float | tuple[float, float] = 0.4,
+    dppo_threshold: float | tuple[float, float] | None = None,
     aggregate: str | None = None,
-    normalizer: float | torch.Tensor | None = None,
+    normalizer: Number | None = None,
     backend: str = "auto",
 ) -> PolicyLoss:
-    """-w min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + kl_coef KL per token, r = exp(logprob - old_logprob).
+    """The mean over tokens of w f(rho, A) + kl_coef KL, less entropy_coef times the mean entropy; rho = pi / pi_old.
 
-    w = min(exp(old - behaviour), behaviour_cap) for replayed samples, a constant; 1 without behaviour_logprobs.
-    KL: k1 lp - ref, k2 (lp - ref)^2 / 2, k3 exp(ref - lp) - (ref - lp) - 1.
+    kind            f(rho, A), and how tokens are averaged unless `aggregate` says
+      grpo dr_grpo dapo bnpo   -min(min(rho, ratio_cap) A, clip(rho, 1 - clip_low, 1 + clip_high) A), for A < 0 at most
+                    -A dual_clip; seq_mean_token_mean, seq_mean_token_sum_norm, token_mean, token_mean
+      gspo, luspo   the same with the sequence's ratio, exp of the mean log-ratio; gspo leaves a token its own gradient;
+                    seq_mean_token_mean, seq_mean_token_sum
+      gmpo          -A rho, rho the geometric mean of ratios that are clamped at gmpo_clamp (nat; (low, high)) on the side
+                    that A pushes to; seq_mean_token_mean
+      cispo         -sg(min(rho, clip_high)) A logprob: clip_high is the cap itself; with cispo_low it is
+                    clip(rho, 1 - cispo_low, 1 + clip_high); token_mean
+      sapo          -A (4 / tau) sigmoid(tau (rho - 1)), sapo_tau = (tau for A > 0, tau else); seq_mean_token_mean
+      vespo         -sg(phi) A logprob, phi = exp(lambda + k log w - lambda w), w the product of the sequence's ratios and
+                    correction weights; vespo = (k, lambda for A >= 0, k, lambda for A < 0); token_mean
+      dppo_tv       -sg(min(rho, ratio_cap or 20)) A logprob, 0 where pi - pi_old exceeds dppo_threshold ((low, high);
+                    None: clip_low and clip_high) in A's direction; token_mean
+    ratio_level     "token" or "sequence"; None: the kind's own
+    w               token_weights, times corrections that are constants and multiply each other: importance_weights as
+                    they are; of rollout_logprobs exp(old - rollout), truncated to [rollout_min, rollout_cap] or masked
+                    outside, for a token or the sequence's sum (a NaN counts as on-policy); of behaviour_logprobs
+                    min(exp(old - behaviour), behaviour_cap), the decoupled ratio of replayed samples.
+                    off_policy_threshold (nat): 0 where A < 0 and the sequence's mean of sampled - logprob is above it;
+                    sampled is rollout_logprobs, else behaviour_logprobs, else old_logprobs
+    KL              k1 lp - ref, k2 (lp - ref)^2 / 2, k3 exp(ref - lp) - (ref - lp) - 1; kl_importance multiplies by rho
+    normalizer      replaces the outermost divisor, so that any split of a batch gives the same gradient: token_mean
+                    tokens; seq_mean_* sequences with a token; seq_mean_token_sum_norm B x T, to be given for packed
+                    input; token_sum 1. Without one bnpo divides by the tokens of this call: local by definition.
+                    entropy_normalizer: tokens, in place of those of this call
+    log_ratio_clamp bound of log-ratios and of log weights; None leaves them, and then inf is possible
+    zero            advantage or weight 0 gives exactly 0 policy loss; weights act on neither KL nor divisors
 
-    shapes          logprobs and its likes [B, T] with mask, or [N] with offsets; advantages [B] or per token
-    dtypes          fp16, bf16, fp32 -> fp32 loss and metrics; fp64 -> fp64; log-probs in nat
-    kind            how tokens are averaged unless `aggregate` says: grpo, dr_grpo, dapo
-    normalizer      replaces the outermost divisor, so that any split of a batch gives the same gradient:
-                    token_mean (dapo) tokens; seq_mean_* (grpo) sequences with a token; seq_mean_token_sum_norm
-                    (dr_grpo) B x T, to be given for packed input; token_sum 1
-    log_ratio_clamp bound of the log-ratios; None leaves them, and then inf is possible
-    zero advantage  exactly 0 policy loss and gradient
-    metrics         device tensors under TRL's names, means over tokens
-    differentiable  loss in logprobs
-    raises          ValueError on wrong shapes or names; RuntimeError where the backend cannot run
-    source          DeepSeekMath (2402.03300) eq. 3; DAPO (2503.14476); Dr. GRPO (2503.20783); decoupled ratio: POPO (2606.01281)
+    shapes          logprobs and its likes [B, T] with mask, or [N] with offsets; advantages and importance_weights for each
+                    sequence, [B] or [B, 1], or for each token; where N = B, for each sequence
+    dtypes          fp16, bf16, fp32 -> fp32 loss and metrics; fp64 -> fp64; log-probs and entropies in nat
+    metrics         device tensors under TRL's names, means over tokens; of a sequence's ratio, over sequences
+    differentiable  loss in logprobs and entropy
+    backend         "triton": one launch whatever the settings, fp64 inside; "torch": any device, and fp64 inputs
+    raises          ValueError on wrong shapes, names or numbers; RuntimeError where the backend cannot run
+    source          docs/losses.md names each kind's paper, and the arguments that reproduce TRL, verl and Liger
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {tuple(KINDS)}, got {kind!r}")
-    aggregate = KINDS[kind] if aggregate is None else aggregate
-    if aggregate not in AGGREGATES:
-        raise ValueError(f"aggregate must be one of {AGGREGATES}, got {aggregate!r}")
-    if kl_kind not in ("k1", "k2", "k3"):
-        raise ValueError(f"kl_kind must be k1, k2 or k3, got {kl_kind!r}")
+    family, own_level, own_aggregate = KINDS[kind]
+    aggregate = own_aggregate if aggregate is None else aggregate
+    for name, value, known in (
+        ("aggregate", aggregate, AGGREGATES),
+        ("kl_kind", kl_kind, KL_KINDS),
+        ("rollout_mode", rollout_mode, ROLLOUT_MODES),
+        ("ratio_level", ratio_level, (None, "token", "sequence")),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {known}, got {value!r}")
+    if kind in ("gspo", "gmpo") and ratio_level == "token":
+        raise ValueError(
+            f"{kind} is defined by its sequence's ratio, got ratio_level='token'; kind='grpo' has token ratios"
+        )
+    numbers = _numbers(
+        family, clip_low, clip_high, ratio_cap, dual_clip, log_ratio_clamp, kl_coef, rollout_min, rollout_cap,
+        behaviour_cap, off_policy_threshold, cispo_low, sapo_tau, vespo, gmpo_clamp, dppo_threshold, entropy_coef,
+        normalizer, entropy_normalizer,
+    )  # fmt: skip
     if kl_coef and ref_logprobs is None:
         raise ValueError(f"kl_coef = {kl_coef} needs ref_logprobs, got None")
-    if clip_low < 0 or clip_high < 0:
-        raise ValueError(f"clip_low and clip_high must be 0 or more, got {clip_low} and {clip_high}")
+    if entropy_coef and entropy is None:
+        raise ValueError(f"entropy_coef = {entropy_coef} needs entropy, got None")
+    _check_shapes(
+        logprobs, mask, offsets, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, rollout_logprobs=rollout_logprobs,
+        behaviour_logprobs=behaviour_logprobs, token_weights=token_weights, entropy=entropy,
+    )  # fmt: skip
+    sequences = len(logprobs) if offsets is None else len(offsets) - 1
+    advantages = _of_sequences_or_tokens("advantages", advantages, sequences, logprobs)
+    if importance_weights is not None:
+        importance_weights = _of_sequences_or_tokens("importance_weights", importance_weights, sequences, logprobs)
+    if aggregate == "seq_mean_token_sum_norm" and mask is None and normalizer is None:
+        raise ValueError("seq_mean_token_sum_norm of packed log-probs needs normalizer = B * L_max, got None")
+    ratio = own_level if ratio_level is None or own_level == "own" else ratio_level
+    words = Words(
+        family,
+        ratio,
+        aggregate,
+        kl_kind if ref_logprobs is not None else "",
+        "yes" if kl_importance else "",
+        rollout_mode,
+    )
+    fp64 = "it returns fp32 and the log-probs are fp64" if logprobs.dtype == torch.float64 else None
+    chosen = _backend.pick("policy_loss", backend, logprobs, lacks=("triton", fp64))
+    loss, metrics = metrics_and_loss(
+        chosen, logprobs, old_logprobs, advantages, mask, offsets, ref_logprobs, importance_weights, rollout_logprobs,
+        behaviour_logprobs, token_weights, entropy, normalizer, entropy_normalizer, numbers, words,
+    )  # fmt: skip
+    weighted = any(x is not None for x in (importance_weights, rollout_logprobs, behaviour_logprobs))
+    names = reported(
+        words, numbers, weighted=weighted, rollout=rollout_logprobs is not None, entropy=entropy is not None
+    )
+    return PolicyLoss(loss, {name: metrics[name] for name in names})
+
+
+def _pair(value: float | tuple[float, float]) -> tuple[float, float]:
+    return value if isinstance(value, tuple) else (value, value)
+
+
+def _numbers(
+    family, clip_low, clip_high, ratio_cap, dual_clip, log_ratio_clamp, kl_coef, rollout_min, rollout_cap, behaviour_cap,
+    off_policy_threshold, cispo_low, sapo_tau, vespo, gmpo_clamp, dppo_threshold, entropy_coef, normalizer,
+    entropy_normalizer,
+) -> Numbers:  # fmt: skip
+    change, moved = _pair(gmpo_clamp), _pair((clip_low, clip_high) if dppo_threshold is None else dppo_threshold)
+    for name, value in (
+        ("clip_low", clip_low), ("clip_high", clip_high), ("ratio_cap", ratio_cap), ("log_ratio_clamp", log_ratio_clamp),
+        ("rollout_cap", rollout_cap), ("rollout_min", rollout_min), ("behaviour_cap", behaviour_cap),
+        ("cispo_low", cispo_low), ("gmpo_clamp", min(change)), ("dppo_threshold", min(moved)),
+    ):  # fmt: skip
+        if value is not None and not value >= 0:
+            raise ValueError(f"{name} must be 0 or more, got {value}")
+    if dual_clip is not None and not dual_clip > 1:
+        raise ValueError(f"dual_clip must be above 1, got {dual_clip}")
+    if not min(sapo_tau) > 0 or len(sapo_tau) != 2:
+        raise ValueError(f"sapo_tau must be two temperatures above 0, got {sapo_tau}")
+    if len(vespo) != 4 or not min(vespo) >= 0:
+        raise ValueError(f"vespo must be (k, lambda, k, lambda), each 0 or more, got {vespo}")
+    low, high = 1 - clip_low, 1 + clip_high
+    if family == "cispo":
+        low, high = (-math.inf, clip_high) if cispo_low is None else (1 - cispo_low, 1 + clip_high)
+    if family == "dppo_tv" and ratio_cap is None:
+        ratio_cap = 20.0
+    (tau_positive, tau_other), (k_positive, rate_positive, k_negative, rate_negative) = sapo_tau, vespo
+    return Numbers(
+        low=low,
+        high=high,
+        ratio_cap=or_infinite(ratio_cap),
+        dual_clip=or_infinite(dual_clip),
+        bound=or_infinite(log_ratio_clamp),
+        kl_coef=kl_coef,
+        rollout_min=0.0 if rollout_min is None else rollout_min,
+        rollout_cap=or_infinite(rollout_cap),
+        behaviour_cap=behaviour_cap,
+        off_policy=or_infinite(off_policy_threshold),
+        tau_positive=tau_positive,
+        tau_other=tau_other,
+        k_positive=k_positive,
+        rate_positive=rate_positive,
+        k_negative=k_negative,
+        rate_negative=rate_negative,
+        change_low=change[0],
+        change_high=change[1],
+        tv_low=moved[0],
+        tv_high=moved[1],
+        entropy_coef=entropy_coef,
+        divisor=_number(normalizer),
+        entropy_divisor=_number(entropy_normalizer),
+    )
+
+
+def _number(value: Number | None) -> float:
+    """NaN where there is none, or a tensor that says it."""
+    if value is None or isinstance(value, torch.Tensor):
+        return math.nan
+    if not value > 0:
+        raise ValueError(f"a normalizer must be above 0, got {value}")
+    return float(value)
+
+
+def _check_shapes(logprobs: torch.Tensor, mask, offsets, **likes: torch.Tensor | None) -> None:
     if (mask is None) == (offsets is None):
         raise ValueError("give mask with [B, T] log-probs, or offsets with packed [N] ones, not both or neither")
-    for name, value in (
-        ("old_logprobs", old_logprobs),
-        ("ref_logprobs", ref_logprobs),
-        ("behaviour_logprobs", behaviour_logprobs),
-        ("mask", mask),
-    ):
+    for name, value in {**likes, "mask": mask}.items():
         if value is not None and value.shape != logprobs.shape:
             raise ValueError(f"{name} must be logprobs' {tuple(logprobs.shape)}, got {tuple(value.shape)}")
-    _backend.pick("policy_loss", backend, logprobs)
-    if mask is not None:
-        if logprobs.dim() != 2:
-            raise ValueError(f"with a mask log-probs are [B, T], got {tuple(logprobs.shape)}")
-        sequences, length = logprobs.shape
-        rows = torch.arange(sequences, device=logprobs.device)[:, None].expand(sequences, length).reshape(-1)
-        live = mask.reshape(-1).bool()
-        longest = length
-    else:
-        assert offsets is not None
-        if logprobs.dim() != 1 or offsets.dim() != 1:
-            raise ValueError(f"with offsets log-probs are [N], got {tuple(logprobs.shape)}, {tuple(offsets.shape)}")
-        sequences, longest = len(offsets) - 1, 0
-        places = torch.arange(len(logprobs), device=logprobs.device)
-        rows = torch.searchsorted(offsets.to(logprobs.device)[1:].contiguous(), places, right=True)
-        live = rows < sequences  # tokens beyond the last offset belong to nobody
-        rows = rows.clamp(max=max(sequences - 1, 0))
-        if aggregate == "seq_mean_token_sum_norm" and normalizer is None:
-            raise ValueError("seq_mean_token_sum_norm of packed log-probs needs normalizer = B * L_max, got None")
-    if advantages.shape == (sequences,):
-        advantages = advantages[rows] if sequences else advantages.new_zeros(len(rows))
-    elif advantages.shape != logprobs.shape:
-        raise ValueError(f"advantages must be [{sequences}] or {tuple(logprobs.shape)}, got {tuple(advantages.shape)}")
-    wide = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
-
-    def flat(values: torch.Tensor | None) -> torch.Tensor | None:
-        return None if values is None else values.detach().reshape(-1).to(wide)
-
-    if normalizer is not None:
-        normalizer = torch.as_tensor(normalizer, dtype=wide, device=logprobs.device)
-    loss, metrics = _PolicyLoss.apply(
-        logprobs.reshape(-1).to(wide),
-        flat(old_logprobs),
-        flat(advantages),
-        live,
-        rows,
-        sequences,
-        longest,
-        flat(ref_logprobs),
-        flat(behaviour_logprobs),
-        clip_low,
-        clip_high,
-        log_ratio_clamp,
-        kl_coef,
-        kl_kind,
-        behaviour_cap,
-        aggregate,
-        normalizer,
-    )
-    absent = set()
-    if ref_logprobs is None:
-        absent.add("kl")
-    if behaviour_logprobs is None:
-        absent |= {name for name in METRICS if name.startswith("sampling/")}
-    return PolicyLoss(
-        loss, {name: value for name, value in zip(METRICS, metrics.unbind(0), strict=True) if name not in absent}
-    )
+    if mask is not None and logprobs.dim() != 2:
+        raise ValueError(f"with a mask log-probs are [B, T], got {tuple(logprobs.shape)}")
+    if offsets is None:
+        return
+    if logprobs.dim() != 1 or offsets.dim() != 1 or len(offsets) < 1 or offsets.is_floating_point():
+        got = f"{tuple(logprobs.shape)} and {offsets.dtype} {tuple(offsets.shape)}"
+        raise ValueError(f"with offsets log-probs are [N] and offsets int [B + 1], got {got}")
+    if offsets.device.type == "cpu" and not torch.compiler.is_compiling():
+        if int(offsets[0]) < 0 or int(offsets[-1]) > len(logprobs):
+            ends = f"{int(offsets[0])} and {int(offsets[-1])}"
+            raise ValueError(f"offsets must lie in [0, N = {len(logprobs)}], got {ends} at the ends")
+        if bool((offsets.diff() < 0).any()):
+            raise ValueError("offsets must not decrease")
 
 
-torch.library.define(
-    "r1v2_fast::policy_loss",
-    "(Tensor logprobs, Tensor old, Tensor advantages, Tensor live, Tensor rows, SymInt sequences, SymInt longest, "
-    "Tensor? reference, Tensor? behaviour, float clip_low, float clip_high, float? log_ratio_clamp, float kl_coef, "
-    "str kl_kind, float behaviour_cap, str aggregate, Tensor? normalizer) -> (Tensor, Tensor, Tensor)",
-)
-
-
-@torch.library.impl("r1v2_fast::policy_loss", "default")
-def _impl(
-    logprobs, old, advantages, live, rows, sequences, longest, reference, behaviour, clip_low, clip_high,
-    log_ratio_clamp, kl_coef, kl_kind, behaviour_cap, aggregate, normalizer,
-):  # fmt: skip
-    bound = torch.inf if log_ratio_clamp is None else log_ratio_clamp
-    wide = logprobs.dtype  # fp64 inside: terms of both signs cancel in the sum, their rounding does not
-    logprobs, old, advantages = logprobs.double(), old.double(), advantages.double()
-    reference = None if reference is None else reference.double()
-    behaviour = None if behaviour is None else behaviour.double()
-
-    def gap(a, b):
-        """(a - b within the bound, whether the bound lets a gradient through), clean where masked."""
-        raw = (a - b).where(live, 0)
-        return raw.clamp(-bound, bound), raw.abs() <= bound
-
-    log_ratio, inside = gap(logprobs, old)
-    ratio = log_ratio.exp()
-    advantages = advantages.where(live, 0)
-    plain, clipped = ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-    weight = gap(old, behaviour)[0].exp().clamp(max=behaviour_cap) if behaviour is not None else None
-    term = -torch.minimum(plain, clipped)
-    # where both sides are equal autograd's minimum halves the slope; inside the clip range the slope is whole
-    unclipped = (plain < clipped) | ((ratio >= 1 - clip_low) & (ratio <= 1 + clip_high))
-    slope = -plain.where(unclipped & inside, 0)
-    if weight is not None:
-        term, slope = term * weight, slope * weight
-    idle = advantages == 0  # exactly nothing, even at a ratio of inf
-    term, slope = term.masked_fill(idle, 0), slope.masked_fill(idle, 0)
-    kl = torch.zeros_like(term)
-    if reference is not None:
-        away, free = gap(reference, logprobs)
-        kl = {"k1": -away, "k2": away.square() / 2, "k3": torch.expm1(away) - away}[kl_kind]
-        if kl_coef:
-            kl_slope = {"k1": torch.ones_like(away), "k2": -away, "k3": -torch.expm1(away)}[kl_kind]
-            term = term + kl_coef * kl
-            slope = slope + kl_coef * kl_slope.where(free & live, 0)
-
-    # every sum goes through its sequence's own, so padding cannot change the order of additions
-    def per_sequence(values):
-        return values.new_zeros(sequences, dtype=torch.float64).index_add(0, rows, values.double())
-
-    lengths = per_sequence(live)
-    nonempty = (lengths > 0).sum().clamp(min=1)
-    tokens = lengths.sum().clamp(min=1)
-    default = {
-        "token_mean": tokens,
-        "token_sum": torch.ones_like(tokens),
-        "seq_mean_token_sum": nonempty,
-        "seq_mean_token_sum_norm": torch.full_like(tokens, max(sequences * longest, 1)),
-        "seq_mean_token_mean": nonempty,
-    }[aggregate]
-    divisor = default if normalizer is None else normalizer.double()
-    share = 1 / lengths.clamp(min=1) if aggregate == "seq_mean_token_mean" else torch.ones_like(lengths)
-    loss = ((per_sequence(term) * share).sum() / divisor).to(wide)
-    grad = (slope * (share[rows] if sequences else share.new_ones(len(rows))) / divisor).to(wide)
-
-    def token_mean(values):
-        return per_sequence(values.where(live, 0)).sum() / tokens
-
-    low = (ratio < 1 - clip_low) & (advantages < 0)
-    high = (ratio > 1 + clip_high) & (advantages > 0)
-    weights = torch.ones_like(term) if weight is None else weight
-    some = live.any()
-    metrics = torch.stack(
-        [
-            token_mean(low),
-            token_mean(high),
-            token_mean(low | high),
-            token_mean(ratio),
-            token_mean(kl),
-            _extreme(weights.where(live, torch.inf), some, "amin"),
-            token_mean(weights),
-            _extreme(weights.where(live, -torch.inf), some, "amax"),
-        ]
-    ).to(wide)
-    return loss, grad, metrics
-
-
-def _extreme(values, some, how):
-    if values.numel() == 0:
-        return values.new_zeros(())
-    return getattr(values, how)().where(some, 0)
-
-
-@torch.library.register_fake("r1v2_fast::policy_loss")
-def _fake(logprobs, *arguments):
-    return logprobs.new_empty(()), logprobs.new_empty(logprobs.shape), logprobs.new_empty(len(METRICS))
-
-
-_op = torch.ops.r1v2_fast.policy_loss.default
-
-
-class _PolicyLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logprobs, *arguments):
-        loss, grad, metrics = _op(logprobs, *arguments)
-        ctx.save_for_backward(grad)
-        ctx.mark_non_differentiable(metrics)
-        return loss, metrics
-
-    @staticmethod
-    @differentiable_once
-    def backward(ctx, grad_loss, grad_metrics):
-        (grad,) = ctx.saved_tensors
-        return grad * grad_loss, *(None,) * 16
+def _of_sequences_or_tokens(name: str, value: torch.Tensor, sequences: int, logprobs: torch.Tensor) -> torch.Tensor:
+    if value.shape in ((sequences,), (sequences, 1)):
+        return value.reshape(-1)
+    if value.shape != logprobs.shape:
+        raise ValueError(f"{name} must be [{sequences}] or {tuple(logprobs.shape)}, got {tuple(value.shape)}")
+    return value

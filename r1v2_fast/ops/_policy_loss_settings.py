@@ -1,0 +1,111 @@
+"""What a policy loss is made of besides tensors, as both backends read it, and the names of what they return."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+# kind -> how its term is formed, the level of its ratio, how its tokens are averaged
+KINDS = {
+    "grpo": ("clip", "token", "seq_mean_token_mean"),
+    "dr_grpo": ("clip", "token", "seq_mean_token_sum_norm"),
+    "dapo": ("clip", "token", "token_mean"),
+    "bnpo": ("clip", "token", "token_mean"),
+    "gspo": ("clip", "own", "seq_mean_token_mean"),
+    "gmpo": ("gmpo", "sequence", "seq_mean_token_mean"),
+    "cispo": ("cispo", "token", "token_mean"),
+    "sapo": ("sapo", "token", "seq_mean_token_mean"),
+    "luspo": ("clip", "sequence", "seq_mean_token_sum"),
+    "vespo": ("vespo", "token", "token_mean"),
+    "dppo_tv": ("dppo_tv", "token", "token_mean"),
+}
+AGGREGATES = ("token_mean", "token_sum", "seq_mean_token_sum", "seq_mean_token_sum_norm", "seq_mean_token_mean")
+KL_KINDS = ("k1", "k2", "k3")
+ROLLOUT_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+METRICS = (
+    "clip_ratio/low_mean",
+    "clip_ratio/high_mean",
+    "clip_ratio/region_mean",
+    "clip_ratio/dual_mean",
+    "cispo_clip_ratio",
+    "vespo/phi_seq_mean",
+    "ratio/mean",
+    "kl",
+    "entropy",
+    "off_policy_mask/dropped",
+    "sampling/importance_sampling_ratio/mean",
+    "sampling/sampling_logp_difference/mean",
+    "clip_ratio/low_min",
+    "sampling/importance_sampling_ratio/min",
+    "clip_ratio/high_max",
+    "sampling/importance_sampling_ratio/max",
+    "sampling/sampling_logp_difference/max",
+)
+
+
+class Numbers(NamedTuple):
+    """An absent bound is infinite, an absent normaliser NaN (a tensor may stand in its place)."""
+
+    low: float
+    high: float
+    ratio_cap: float
+    dual_clip: float
+    bound: float
+    kl_coef: float
+    rollout_min: float
+    rollout_cap: float
+    behaviour_cap: float
+    off_policy: float
+    tau_positive: float
+    tau_other: float
+    k_positive: float
+    rate_positive: float
+    k_negative: float
+    rate_negative: float
+    change_low: float
+    change_high: float
+    tv_low: float
+    tv_high: float
+    entropy_coef: float
+    divisor: float
+    entropy_divisor: float
+
+
+class Words(NamedTuple):
+    family: str  # "clip", "gmpo", "cispo", "sapo", "vespo", "dppo_tv"
+    ratio: str  # "token"; "sequence": its gradient is spread over the tokens; "own": it stays with its token (GSPO)
+    aggregate: str
+    kl_kind: str  # "" without a KL term, metric or otherwise
+    kl_importance: str  # "yes" or ""
+    rollout_mode: str
+
+
+def or_infinite(value: float | None) -> float:
+    return math.inf if value is None else float(value)
+
+
+def divided(normalizer, entropy_normalizer, numbers: list[float], words: list[str]) -> tuple[bool, bool]:
+    """Whether the loss's and the entropy's divisor are known before a token is read, so that gradients can be divided."""
+    aggregate, given = Words(*words).aggregate, Numbers(*numbers)
+    known = aggregate in ("token_sum", "seq_mean_token_sum_norm")
+    return (
+        known or normalizer is not None or not math.isnan(given.divisor),
+        entropy_normalizer is not None or not math.isnan(given.entropy_divisor),
+    )
+
+
+def reported(words: Words, numbers: Numbers, *, weighted: bool, rollout: bool, entropy: bool) -> list[str]:
+    """The metrics that mean something for these settings."""
+    meaning = {
+        "clip_ratio/": words.family in ("clip", "gmpo", "dppo_tv"),
+        "clip_ratio/dual_mean": numbers.dual_clip < math.inf,
+        "cispo_clip_ratio": words.family == "cispo",
+        "vespo/": words.family == "vespo",
+        "kl": bool(words.kl_kind),
+        "entropy": entropy,
+        "off_policy_mask/": numbers.off_policy < math.inf,
+        "sampling/importance_sampling_ratio/": weighted,
+        "sampling/sampling_logp_difference/": rollout,
+    }
+    hidden = tuple(start for start, shown in meaning.items() if not shown)
+    return [name for name in METRICS if not name.startswith(hidden)]
