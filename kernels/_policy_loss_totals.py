@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-ROW = tl.constexpr(32)  # partial sums of a program: loss, tokens, sequences, then the metrics
+# partial sums of a program: loss, tokens, sequences, then the metrics, then the tokens that a sampler scored
+ROW, USED = tl.constexpr(32), tl.constexpr(21)
 FIRST_METRIC = tl.constexpr(3)
 # METRICS of r1v2_fast.ops._policy_loss_settings: sums, then minima, then maxima
 SUMS, MINIMA, METRICS = tl.constexpr(12), tl.constexpr(2), tl.constexpr(17)
@@ -13,12 +14,13 @@ SUMS, MINIMA, METRICS = tl.constexpr(12), tl.constexpr(2), tl.constexpr(17)
 def totals(
     partials, loss, scales, metrics, programs, divisor, entropy_divisor, entropy_coef, RATIO: tl.constexpr,
     AGGREGATE: tl.constexpr, DIVIDED: tl.constexpr, ENTROPY_DIVIDED: tl.constexpr, HAS_ENTROPY: tl.constexpr,
+    SEQUENCE_ROLLOUT: tl.constexpr,
 ):  # fmt: skip
     slot, column = tl.arange(0, ROW), tl.arange(0, 64)
     sums = tl.zeros([ROW], tl.float64)
     least, most = sums + float("inf"), sums - float("inf")
     for begun in range(0, programs, 64):
-        there = (slot < FIRST_METRIC + METRICS)[:, None] & (begun + column < programs)[None, :]
+        there = (slot < USED)[:, None] & (begun + column < programs)[None, :]
         place = partials + slot[:, None] * programs + (begun + column)[None, :]
         tile = tl.load(place, mask=there, other=0.0, cache_modifier=".cg")
         sums += tl.sum(tile, 1)
@@ -38,9 +40,15 @@ def totals(
     tl.store(scales + 1, 1.0 if ENTROPY_DIVIDED else 1.0 / entropy_divisor)
     metric = slot - FIRST_METRIC
     units = tokens if RATIO == "token" else nonempty
+    scored = tl.maximum(tl.sum(tl.where(slot == 20, sums, 0.0), 0), 1.0)
     by_sequence = (slot == 8) | (slot == 12)
-    by_token = (slot == 10) | (slot == 11) | (slot == 13) | (slot == 14)
-    found = sums / tl.where(by_sequence, nonempty, tl.where(by_token, tokens, units))
+    by_token = (slot == 10) | (slot == 11)
+    if SEQUENCE_ROLLOUT:
+        by_sequence = by_sequence | (slot == 13)
+    else:
+        by_token = by_token | (slot == 13)
+    counted = tl.where(by_sequence, nonempty, tl.where(by_token, tokens, units))
+    found = sums / tl.where(slot == 14, scored, counted)
     extreme = tl.where(metric < SUMS + MINIMA, least, most)
     extreme = tl.where(tl.abs(extreme) < float("inf"), extreme, 0.0)
     found = tl.where(metric < SUMS, found, extreme)

@@ -140,7 +140,7 @@ def policy_loss_kernel(
 
     all_loss, all_tokens, all_nonempty, all_entropy, all_kl, all_ratio = none, none, none, none, none, none
     all_low, all_high, all_region, all_dual, all_phi, all_dropped = none, none, none, none, none, none
-    all_weight, all_gap, weight_max, high_max, gap_max = none, none, -infinity, -infinity, -infinity
+    all_weight, all_gap, all_scored, weight_max, high_max, gap_max = none, none, none, -infinity, -infinity, -infinity
     weight_min, low_min = infinity, infinity
 
     for sequence in range(program, sequences, programs):
@@ -207,7 +207,7 @@ def policy_loss_kernel(
         share = 1.0 / size if MEAN else none + 1.0
 
         seen, lows, highs, duals = none, none, none, none
-        ratios, phis, drops, pulled = none, none, none, none
+        ratios, phis, drops, weights, pulled = none, none, none, none, none
         for first in range(start, end, BLOCK):
             index = first + lane
             live = live_tokens(mask, index, end, PADDED)
@@ -225,6 +225,8 @@ def policy_loss_kernel(
             difference = tl.zeros([BLOCK], tl.float64)
             if ROLLOUT != "":
                 difference = tl.where(live, sampler_gap(before, rollout, index, live), 0.0)
+                sampled = read(rollout, index, live)
+                all_scored += tl.sum((live & (sampled == sampled)).to(tl.float64), 0)
                 all_gap += tl.sum(tl.abs(difference), 0)
                 gap_max = tl.maximum(gap_max, tl.max(tl.abs(difference), 0))
             weight = tl.full([BLOCK], 1.0, tl.float64)
@@ -234,7 +236,7 @@ def policy_loss_kernel(
                     before, difference, importance, behaviour, index, live, bound, behaviour_cap, rollout_min, rollout_cap,
                     IMPORTANCE, HAS_BEHAVIOUR, ROLLOUT,
                 )  # fmt: skip
-                all_weight += tl.sum(tl.where(live, weight, 0.0), 0)
+                weights += tl.sum(tl.where(live, weight, 0.0), 0)
                 weight_min = tl.minimum(weight_min, tl.min(tl.where(live, weight, infinity), 0))
                 weight_max = tl.maximum(weight_max, tl.max(tl.where(live, weight, -infinity), 0))
             if FAMILY == "vespo":  # the corrections are part of w
@@ -322,6 +324,7 @@ def policy_loss_kernel(
         all_region += (lows + highs) * unit
         all_dual += duals * unit
         all_ratio += ratios * unit
+        all_weight += weights / size if SEQUENCE_ROLLOUT else weights
         all_phi += phis / size
         all_dropped += drops / size
         low_min = tl.minimum(low_min, tl.where(tokens > 0, lows / size, infinity))
@@ -348,10 +351,11 @@ def policy_loss_kernel(
     tl.store(row + 17 * programs, high_max)
     tl.store(row + 18 * programs, weight_max)
     tl.store(row + 19 * programs, gap_max)
+    tl.store(row + 20 * programs, all_scored)
     if last_to_finish(finished):
         totals(
             partials, loss, scales, metrics, programs, divisor, entropy_divisor, entropy_coef, RATIO, AGGREGATE, DIVIDED,
-            ENTROPY_DIVIDED, HAS_ENTROPY,
+            ENTROPY_DIVIDED, HAS_ENTROPY, SEQUENCE_ROLLOUT,
         )  # fmt: skip
 
 
@@ -413,7 +417,7 @@ def launch(
         KL_IMPORTANCE=bool(words.kl_importance),
         ADVANTAGE=level(advantages),
         IMPORTANCE=level(importance),
-        ROLLOUT=words.rollout_mode if rollout is not None else "",
+        ROLLOUT=words.rollout_mode,
         HAS_BEHAVIOUR=behaviour is not None,
         OFF_POLICY=next(name for name, x in sources if x is not None) if numbers.off_policy < math.inf else "",
         HAS_WEIGHTS=token_weights is not None,

@@ -8,8 +8,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from r1v2_fast import ops
+from r1v2_fast.ops._policy_loss_settings import KINDS
 
 B, T, H, V = 6, 4, 8, 31
+NORMALIZER = {name: B if kind.aggregate.startswith("seq_mean") else B * T for name, kind in KINDS.items()}
 
 
 def batch():
@@ -29,9 +31,8 @@ def policy_gradient(sequences: slice, kind: str):
     weight.requires_grad_()
     logprobs = ops.linear_logprobs(hidden[tokens], weight, targets[tokens]).logprobs
     offsets = torch.arange(0, len(logprobs) + 1, T)
-    normalizer = {"grpo": B, "dr_grpo": B * T, "dapo": B * T}[kind]
     ops.policy_loss(
-        logprobs, old[tokens], advantages[sequences], offsets=offsets, kind=kind, normalizer=normalizer
+        logprobs, old[tokens], advantages[sequences], offsets=offsets, kind=kind, normalizer=NORMALIZER[kind]
     ).loss.backward()
     return weight.grad
 
@@ -48,7 +49,7 @@ def on_rank(rank: int, port: int):
     dist.init_process_group("gloo", rank=rank, world_size=2)
     try:
         own = slice(0, B // 2) if rank == 0 else slice(B // 2, B)
-        for kind in ("grpo", "dr_grpo", "dapo"):
+        for kind in KINDS:
             summed = policy_gradient(own, kind)
             dist.all_reduce(summed)
             whole = policy_gradient(slice(0, B), kind)

@@ -5,19 +5,25 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-# kind -> how its term is formed, the level of its ratio, how its tokens are averaged
+
+class Kind(NamedTuple):
+    family: str  # how its term is formed
+    ratio: str  # the level of its ratio, as Words has it
+    aggregate: str  # how its tokens are averaged
+
+
 KINDS = {
-    "grpo": ("clip", "token", "seq_mean_token_mean"),
-    "dr_grpo": ("clip", "token", "seq_mean_token_sum_norm"),
-    "dapo": ("clip", "token", "token_mean"),
-    "bnpo": ("clip", "token", "token_mean"),
-    "gspo": ("clip", "own", "seq_mean_token_mean"),
-    "gmpo": ("gmpo", "sequence", "seq_mean_token_mean"),
-    "cispo": ("cispo", "token", "token_mean"),
-    "sapo": ("sapo", "token", "seq_mean_token_mean"),
-    "luspo": ("clip", "sequence", "seq_mean_token_sum"),
-    "vespo": ("vespo", "token", "token_mean"),
-    "dppo_tv": ("dppo_tv", "token", "token_mean"),
+    "grpo": Kind("clip", "token", "seq_mean_token_mean"),
+    "dr_grpo": Kind("clip", "token", "seq_mean_token_sum_norm"),
+    "dapo": Kind("clip", "token", "token_mean"),
+    "bnpo": Kind("clip", "token", "token_mean"),
+    "gspo": Kind("clip", "own", "seq_mean_token_mean"),
+    "gmpo": Kind("gmpo", "sequence", "seq_mean_token_mean"),
+    "cispo": Kind("cispo", "token", "token_mean"),
+    "sapo": Kind("sapo", "token", "seq_mean_token_mean"),
+    "luspo": Kind("clip", "sequence", "seq_mean_token_sum"),
+    "vespo": Kind("vespo", "token", "token_mean"),
+    "dppo_tv": Kind("dppo_tv", "token", "token_mean"),
 }
 AGGREGATES = ("token_mean", "token_sum", "seq_mean_token_sum", "seq_mean_token_sum_norm", "seq_mean_token_mean")
 KL_KINDS = ("k1", "k2", "k3")
@@ -77,7 +83,7 @@ class Words(NamedTuple):
     aggregate: str
     kl_kind: str  # "" without a KL term, metric or otherwise
     kl_importance: str  # "yes" or ""
-    rollout_mode: str
+    rollout_mode: str  # "" without rollout log-probs
 
 
 def or_infinite(value: float | None) -> float:

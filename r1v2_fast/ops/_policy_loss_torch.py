@@ -31,7 +31,8 @@ class Corrections(NamedTuple):
 
     tokens: Tensor  # [N]
     sequences: Tensor  # [B]
-    difference: Tensor  # [N] old - rollout
+    difference: Tensor  # [N] old - rollout, 0 where the sampler could not score the token
+    scored: Tensor  # [N] bool
 
 
 def run(
@@ -85,7 +86,7 @@ def run(
         mean_entropy = at.total(at.tokens(entropy)) / at.token_count
         step = numbers.entropy_coef / _given(entropy_normalizer, numbers.entropy_divisor, at.token_count)
         loss, entropy_grad = loss - step * mean_entropy * at.token_count, -step * at.live.double()
-    metrics = _metrics(at, terms, ratio, kl, mean_entropy, phi, dropped, weights, corrections.difference, words)
+    metrics = _metrics(at, terms, ratio, kl, mean_entropy, phi, dropped, weights, corrections, words)
     return loss, grad, entropy_grad, metrics
 
 
@@ -113,14 +114,15 @@ def _corrections(
     if behaviour is not None:
         change = (old - behaviour).clamp(-numbers.bound, numbers.bound)
         tokens = tokens * change.exp().clamp(max=numbers.behaviour_cap)
-    difference = torch.zeros_like(old)
+    difference, scored = torch.zeros_like(old), at.live
     if rollout is not None:  # NaN, a token that the sampler could not score, counts as on-policy
+        scored = at.live & ~rollout.isnan()
         difference = (old - rollout).nan_to_num(nan=0.0)
         if words.rollout_mode.startswith("sequence"):
             sequences = sequences * _bounded(at.sums(difference), numbers, words)
         else:
             tokens = tokens * _bounded(difference, numbers, words)
-    return Corrections(tokens, sequences, difference)
+    return Corrections(tokens, sequences, difference, scored)
 
 
 def _bounded(difference: Tensor, numbers: Numbers, words: Words) -> Tensor:
@@ -191,7 +193,7 @@ def _kl(at: Layout, away: Tensor, numbers: Numbers, words: Words) -> tuple[Tenso
 
 def _metrics(
     at: Layout, terms: Terms, ratio: Tensor, kl: Tensor | None, mean_entropy: Tensor | None, phi: Tensor, dropped: Tensor,
-    weights: Tensor, difference: Tensor, words: Words,
+    weights: Tensor, corrections: Corrections, words: Words,
 ) -> Tensor:  # fmt: skip
     def of_ratio(values: Tensor) -> Tensor:
         """A mean over tokens; a sequence's ratio counts once."""
@@ -209,7 +211,8 @@ def _metrics(
     def of_a_sequence(values: Tensor, empty: float) -> Tensor:
         return (at.sums(values) / at.count).where(at.lengths > 0, empty)
 
-    zero = at.token_count.new_zeros(())
+    zero, difference = at.token_count.new_zeros(()), corrections.difference.abs()
+    by_sequence = words.rollout_mode.startswith("sequence")
     found = {
         "clip_ratio/low_mean": of_ratio(terms.low),
         "clip_ratio/high_mean": of_ratio(terms.high),
@@ -221,13 +224,15 @@ def _metrics(
         "kl": zero if kl is None else at.total(kl) / at.token_count,
         "entropy": zero if mean_entropy is None else mean_entropy,
         "off_policy_mask/dropped": of_sequences(dropped),
-        "sampling/importance_sampling_ratio/mean": at.total(weights) / at.token_count,
-        "sampling/sampling_logp_difference/mean": at.total(difference.abs()) / at.token_count,
+        "sampling/importance_sampling_ratio/mean": of_sequences(weights)
+        if by_sequence
+        else at.total(weights) / at.token_count,
+        "sampling/sampling_logp_difference/mean": at.total(difference) / at.total(corrections.scored).clamp(min=1),
         "clip_ratio/low_min": extreme(of_a_sequence(terms.low, math.inf), -1),
         "sampling/importance_sampling_ratio/min": extreme(weights.where(at.live, math.inf), -1),
         "clip_ratio/high_max": extreme(of_a_sequence(terms.high, -math.inf), 1),
         "sampling/importance_sampling_ratio/max": extreme(weights.where(at.live, -math.inf), 1),
-        "sampling/sampling_logp_difference/max": extreme(difference.abs(), 1),
+        "sampling/sampling_logp_difference/max": extreme(difference, 1),
     }
     return torch.stack([found[name] for name in METRICS])
 

@@ -106,7 +106,8 @@ def policy_loss(
     shapes          logprobs and its likes [B, T] with mask, or [N] with offsets; advantages and importance_weights for each
                     sequence, [B] or [B, 1], or for each token; where N = B, for each sequence
     dtypes          fp16, bf16, fp32 -> fp32 loss and metrics; fp64 -> fp64; log-probs and entropies in nat
-    metrics         device tensors under TRL's names, means over tokens; of a sequence's ratio, over sequences
+    metrics         device tensors under TRL's names, means over tokens; of a sequence's ratio or rollout weight, over
+                    sequences with a token; of sampling_logp_difference, over tokens that the sampler scored
     differentiable  loss in logprobs and entropy
     backend         "triton": one launch whatever the settings, fp64 inside; "torch": any device, and fp64 inputs
     raises          ValueError on wrong shapes, names or numbers; RuntimeError where the backend cannot run
@@ -149,12 +150,12 @@ def policy_loss(
         raise ValueError("seq_mean_token_sum_norm of packed log-probs needs normalizer = B * L_max, got None")
     ratio = own_level if ratio_level is None or own_level == "own" else ratio_level
     words = Words(
-        family,
-        ratio,
-        aggregate,
-        kl_kind if ref_logprobs is not None else "",
-        "yes" if kl_importance else "",
-        rollout_mode,
+        family=family,
+        ratio=ratio,
+        aggregate=aggregate,
+        kl_kind=kl_kind if ref_logprobs is not None else "",
+        kl_importance="yes" if kl_importance else "",
+        rollout_mode=rollout_mode if rollout_logprobs is not None else "",
     )
     fp64 = "it returns fp32 and the log-probs are fp64" if logprobs.dtype == torch.float64 else None
     chosen = _backend.pick("policy_loss", backend, logprobs, lacks=("triton", fp64))
