@@ -13,6 +13,8 @@ Part = Literal["adapter", "llm", "vision"]
 Share = Annotated[float, Field(ge=0, lt=1)]
 METRICS = ("accuracy", "format", "hallucination", "hallucination/right", "hallucination/wrong")
 Weight = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Aggregate = Literal["token_mean", "token_sum", "seq_mean_token_sum", "seq_mean_token_sum_norm", "seq_mean_token_mean"]
 
 
 class Section(BaseModel):
@@ -141,6 +143,9 @@ class MPO(Stage):
     """Preference (DPO), quality (BCO), generation (SFT)."""
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
     generation: Literal["sequence", "token"] = "sequence"
+    """The chosen responses' NLL: a mean for each, then over responses (R1V2), or over all tokens (InternVL, TRL)."""
+    shift: Literal["running", "zero"] = "running"
+    """BCO's delta: the running mean of implicit rewards (InternVL), or 0 (TRL since 0.29)."""
 
     @model_validator(mode="after")
     def _sampled_pairs_need_rewards(self):
@@ -166,8 +171,70 @@ class Buffer(Section):
     deficit: Literal["units", "signal"] = "units"
     """What is missing from the batch: informative units, or sum of |advantage| in terms of the buffer's mean unit."""
     ratio: Literal["decoupled", "stored"] = "decoupled"
-    """Replayed samples: min(exp(old - behaviour), behaviour_cap) times a ratio to the policy before the update; or, as
+    """Replayed samples: min(exp(old - behaviour), loss.behaviour_cap) times a ratio to the policy before the update; or, as
     in PPO, the clipped ratio to the stored behaviour log-probs alone."""
+
+
+class Advantages(Section):
+    """Arguments of ops.group_advantages; docs/losses.md says which reproduce which trainer."""
+
+    aggregate: Literal["sum", "gdpo"] = "sum"
+    """Reward components are summed, or each is normalised first and the sum whitened over the batch (GDPO)."""
+    baseline: Literal["mean", "leave_one_out"] = "mean"
+    scale: Literal["group", "batch", "none"] = "group"
+    """What advantages are divided by: the standard deviation of the group, of the batch, or nothing (Dr. GRPO)."""
+    correction: Literal[0, 1] = 1
+    """1: the unbiased standard deviation."""
+    eps: float = Field(1e-4, ge=0)
+    eps_mode: Literal["add", "clamp"] = "add"
+    singleton: Literal["zero", "raw"] = "zero"
+    """A group with one scored response: no advantage, or the reward itself (verl)."""
+
+
+class PolicyLoss(Section):
+    """Arguments of ops.policy_loss; docs/losses.md has the formulas, and which arguments reproduce which trainer."""
+
+    kind: Literal[
+        "grpo", "dr_grpo", "dapo", "bnpo", "gspo", "gmpo", "cispo", "sapo", "luspo", "vespo", "dppo_tv"
+    ] = "grpo"  # fmt: skip
+    ratio_level: Literal["token", "sequence"] | None = None
+    """None: the kind's own."""
+    aggregate: Aggregate | None = None
+    """How tokens are averaged; None: the kind's own way. A step's counts are those of its whole mini-batch."""
+    clip_low: float = Field(0.2, ge=0, le=1)
+    clip_high: float = Field(0.2, ge=0)
+    """Of cispo, the cap itself."""
+    ratio_cap: float | None = Field(None, gt=0)
+    dual_clip: float | None = Field(None, gt=1)
+    log_ratio_clamp: float | None = Field(20.0, gt=0)
+    """Nat."""
+    kl_coef: float = Field(0.0, ge=0)
+    """Weight of the KL to the policy at the start of the stage; 0 needs no reference log-probs."""
+    kl_kind: Literal["k1", "k2", "k3"] = "k3"
+    kl_importance: bool = False
+    behaviour_cap: float = Field(2.0, gt=0)
+    """Cap of a token's weight min(exp(old - behaviour), cap), behaviour the log-probs as it was sampled."""
+    rollout_mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] | None = None
+    """Weights exp(old - behaviour) truncated to, or masked outside, [rollout_min, rollout_cap] instead."""
+    rollout_cap: float | None = Field(3.0, gt=0)
+    rollout_min: float | None = Field(None, ge=0)
+    off_policy_threshold: float | None = Field(None, ge=0)
+    """Nat: responses with A < 0 that have moved further from how they were sampled leave no gradient."""
+    entropy_coef: float = 0.0
+    """Weight of an entropy bonus, mean over tokens; costs one more matmul over the vocabulary."""
+    cispo_low: float | None = Field(None, ge=0)
+    sapo_tau: tuple[Positive, Positive] = (1.0, 1.05)
+    vespo: tuple[Weight, Weight, Weight, Weight] = (2.0, 3.0, 3.0, 2.0)
+    gmpo_clamp: tuple[Weight, Weight] = (0.4, 0.4)
+    """Nat, below and above."""
+    dppo_threshold: tuple[Weight, Weight] | None = None
+    """Probabilities, below and above; None: clip_low and clip_high."""
+
+    @model_validator(mode="after")
+    def _level_of_kind(self):
+        if self.kind in ("gspo", "gmpo") and self.ratio_level == "token":
+            raise ValueError(f"{self.kind} is defined by its sequence's ratio, got ratio_level 'token'")
+        return self
 
 
 class GRPO(Stage):
@@ -187,19 +254,11 @@ class GRPO(Stage):
     """The reward component that decides whether a group is informative."""
     zero_uninformative: bool = True
     """Groups with equal deciding rewards get advantage 0 even if another component differs."""
-    aggregate: Literal["sum", "gdpo"] = "sum"
-    advantage_scale: Literal["group", "batch", "none"] = "group"
-    """What advantages are divided by: the standard deviation of the group, of the batch, or nothing (Dr. GRPO)."""
-    kind: Literal["grpo", "dr_grpo", "dapo"] = "grpo"
+    advantages: Advantages = Advantages()
+    loss: PolicyLoss = PolicyLoss()
     average_over: Literal["kept", "all"] = "kept"
     """Responses without an advantage leave no gradient: kept averages over the others alone, so that the step does not
     shrink with them; all counts them too, as TRL and verl do, and runs them through the model for it."""
-    clip_low: float = Field(0.2, ge=0, le=1)
-    clip_high: float = Field(0.2, ge=0)
-    kl_coef: float = Field(0.0, ge=0)
-    """Weight of the k3 KL to the policy at the start of the stage; 0 needs no reference log-probs."""
-    behaviour_cap: float = Field(2.0, gt=0)
-    """Cap of the importance weight of replayed samples."""
     buffer: Buffer | None = Buffer()
     """None switches the Selective Sample Buffer off."""
 

@@ -1,15 +1,17 @@
 """What trainers expect of a loop: exact accumulation, mini-batches, sampling knobs, LoRA, mixed precision, schedules."""
 
+import inspect
 from pathlib import Path
 
 import pytest
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from r1v2_fast import config
+from r1v2_fast import config, ops
 from r1v2_fast.data.collate import Sequence
 from r1v2_fast.log import Log, read
 from r1v2_fast.models import freeze, load, lora
+from r1v2_fast.ops.policy_loss import KINDS
 from r1v2_fast.train import run
 from r1v2_fast.train.batching import micro_batches, padded_tokens
 from r1v2_fast.train.context import Context
@@ -70,9 +72,12 @@ def far(a, b):
         ("mpo", []),
         ("mpo", ["mpo.generation=token"]),
         ("grpo", []),
-        ("grpo", ["grpo.kind=dapo"]),
-        ("grpo", ["grpo.kind=dr_grpo"]),
-        ("grpo", ["grpo.kl_coef=0.1"]),
+        *(("grpo", [f"grpo.loss.kind={kind}"]) for kind in KINDS if kind != "grpo"),
+        ("grpo", ["grpo.loss.aggregate=seq_mean_token_sum", "grpo.loss.ratio_level=sequence"]),
+        ("grpo", ["grpo.loss.entropy_coef=0.1", "grpo.loss.rollout_mode=sequence_truncate"]),
+        ("grpo", ["grpo.loss.off_policy_threshold=0.0", "grpo.loss.rollout_mode=token_mask"]),
+        ("grpo", ["grpo.advantages.baseline=leave_one_out", "grpo.advantages.scale=batch"]),
+        ("grpo", ["grpo.loss.kl_coef=0.1"]),
         ("grpo", ["grpo.average_over=all"]),
     ],
 )
@@ -88,6 +93,23 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(name, more, tmp_path
     assert far(split, whole) <= 1e-10  # parity in fp64, by the numerics contract
     alone, _ = gradient(stage, samples[:1], None)
     assert far(alone, whole) > 1e-3, "one sample's gradient would pass too"
+
+
+def test_the_keys_of_a_recipe_are_the_arguments_of_the_ops_with_their_defaults():
+    made_by_the_stage = {"informative_from", "informative_tol", "zero_uninformative", "component_weights", "backend"}
+    made_by_the_stage |= {name for name in _keywords(ops.policy_loss) if name.endswith(("logprobs", "normalizer"))}
+    made_by_the_stage |= {"mask", "offsets", "importance_weights", "token_weights", "entropy"}
+    another_default = {"rollout_mode"}  # null: behaviour_cap's weight
+    for section, op in ((config.PolicyLoss, ops.policy_loss), (config.Advantages, ops.group_advantages)):
+        keywords = {name: value for name, value in _keywords(op).items() if name not in made_by_the_stage}
+        defaults = section().model_dump()
+        assert defaults.keys() == keywords.keys()
+        for name in keywords.keys() - another_default - {"gmpo_clamp"}:
+            assert defaults[name] == keywords[name], name
+
+
+def _keywords(op):
+    return {p.name: p.default for p in inspect.signature(op).parameters.values() if p.kind == p.KEYWORD_ONLY}
 
 
 @pytest.mark.parametrize("name", ["align", "grpo"])
@@ -131,7 +153,7 @@ def test_a_rehearsal_is_the_largest_that_a_step_can_be(tmp_path, reward):
     for more, factor in (
         ([], 1),
         (["grpo.mini_batches=3"], 1 / 3),
-        (["grpo.kl_coef=0.1"], 2),
+        (["grpo.loss.kl_coef=0.1"], 2),
         (["grpo.average_over=all"], 2),
     ):
         stage = stage_of("grpo", tmp_path, reward, *more)
@@ -235,7 +257,7 @@ def test_dynamic_sampling_without_an_informative_group_falls_back_on_the_buffer(
 
 @pytest.mark.parametrize("ratio", ["stored", "decoupled"])
 def test_replayed_samples_keep_their_ratio_to_what_sampled_them(ratio, tmp_path, reward):
-    more = [f"grpo.buffer.ratio={ratio}", "grpo.behaviour_cap=1.01", "grpo.updates_per_rollout=2"]
+    more = [f"grpo.buffer.ratio={ratio}", "grpo.loss.behaviour_cap=1.01", "grpo.updates_per_rollout=2"]
     stage = stage_of("grpo", tmp_path, reward, *more, double=True)
     stage.collect(0, {})
     with torch.no_grad():

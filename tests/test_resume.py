@@ -23,7 +23,7 @@ OVERRIDES = [
     "data.sizes={align: 64, policy: 64, reward: 32, heldout: 24}", "checkpoint.every=2", "evaluation.every=3",
     "evaluation.records=8", "checkpoint.best=eval/clean/format", "checkpoint.best_is=lowest", "samples_every=2",
     "reward.sampling.prompts=4", "mpo.sampling.prompts=8", "mpo.min_reward_gap=0.0", "grpo.sampling.prompts=6",
-    "grpo.mini_batches=2", "grpo.updates_per_rollout=2", "grpo.dynamic_sampling.max_rounds=2", "grpo.kl_coef=0.05",
+    "grpo.mini_batches=2", "grpo.updates_per_rollout=2", "grpo.dynamic_sampling.max_rounds=2", "grpo.loss.kl_coef=0.05",
     "grpo.micro_batch_tokens=800", "grpo.overlong_cache=2",
 ]  # fmt: skip
 LORA = [

@@ -172,7 +172,9 @@ class Policy(Backbone):
         state = {name: tensor.to(self.dtype) for name, tensor in lora.merged_state(self.root).items()}
         load.save_folder(path, self.loaded, state=state)
 
-    def response_logprobs(self, batch, *, temperature: float = 1.0, needs_grad=None, outputs=()) -> ops.LogProbs:
+    def response_logprobs(
+        self, batch, *, temperature: float = 1.0, needs_grad=None, outputs=(), entropy_grad=False
+    ) -> ops.LogProbs:
         """Log-probs of the response tokens, packed [N], with the placeholder tokens forbidden as in the rollout."""
         hidden = self.hidden(batch)
         rows = batch.response_mask[:, 1:]
@@ -186,7 +188,7 @@ class Policy(Backbone):
                 forbidden=self.forbidden,
                 needs_grad=needs_grad,
                 outputs=outputs,
-                entropy_grad=False,
+                entropy_grad=entropy_grad,
             )
 
 

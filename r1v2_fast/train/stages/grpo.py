@@ -11,6 +11,7 @@ import torch
 from r1v2_fast import config, ops
 from r1v2_fast.buffer import SelectiveSampleBuffer, Unit
 from r1v2_fast.data.collate import Sequence
+from r1v2_fast.ops.policy_loss import KINDS
 from r1v2_fast.train.context import Context
 from r1v2_fast.train.experience import Experience, collect, joined, panel, reward_metrics
 from r1v2_fast.train.stages.base import Metrics, Stage
@@ -52,9 +53,9 @@ class GRPOStage(Stage[Sample]):
             if config.buffer
             else None
         )
-        # without a KL term a zero advantage leaves no gradient at all, so those rows need none made
-        self.skip_zero = config.kl_coef == 0
-        if not self.skip_zero:
+        # without a KL or entropy term a zero advantage leaves no gradient at all, so those rows need none made
+        self.skip_zero = config.loss.kl_coef == 0 and config.loss.entropy_coef == 0
+        if config.loss.kl_coef:
             self.model.keep_reference()
 
     def collect(self, step: int, metrics: Metrics) -> list[Sample]:
@@ -74,7 +75,7 @@ class GRPOStage(Stage[Sample]):
             for sample in samples:
                 if sample.replayed:
                     sample.old_logprobs = sample.behaviour_logprobs
-        if not self.skip_zero:
+        if self.config.loss.kl_coef:
             with self.model.reference():
                 for sample, (ref,) in zip(samples, self._logprobs(samples), strict=True):
                     sample.ref_logprobs = ref
@@ -97,7 +98,7 @@ class GRPOStage(Stage[Sample]):
             count *= 2  # replayed responses stand beside fresh ones without an advantage
         zeros = torch.zeros(sampling.max_new_tokens)
         return [
-            Sample(sequence, 1.0, zeros, ref_logprobs=None if self.skip_zero else zeros)
+            Sample(sequence, 1.0, zeros, ref_logprobs=zeros if self.config.loss.kl_coef else None)
             for sequence in self.largest_sequences(sampling, sampling.group_size, -(-count // self.config.mini_batches))
         ]
 
@@ -110,34 +111,34 @@ class GRPOStage(Stage[Sample]):
             assert all(sample.ref_logprobs is None for sample in samples), "a KL term reaches zero advantages too"
             needs_grad = (advantages != 0).repeat_interleave(batch.offsets.diff())
         output = self.context.policy.response_logprobs(
-            batch, temperature=self._temperature, needs_grad=needs_grad, outputs=("entropy",)
+            batch,
+            temperature=self._temperature,
+            needs_grad=needs_grad,
+            outputs=("entropy",),
+            entropy_grad=self.config.loss.entropy_coef != 0,
         )
-        assert output.entropy is not None
         current = output.logprobs.detach().split(batch.offsets.diff().tolist())
         pairs = zip(samples, current, strict=True)
         old = [own if s.old_logprobs is None else s.old_logprobs.to(device) for s, own in pairs]
         references = [s.ref_logprobs for s in samples if s.ref_logprobs is not None]
-        normalizer = {
-            "grpo": len(whole),
-            "dr_grpo": len(whole) * self.config.sampling.max_new_tokens,
-            "dapo": sum(len(sample.sequence.response_ids) for sample in whole),
-        }[self.config.kind]
+        behaviour = torch.cat([sample.behaviour_logprobs for sample in samples]).to(device)
+        settings = self.config.loss.model_dump()
+        if settings["rollout_mode"] is None:
+            settings |= {"behaviour_logprobs": behaviour, "rollout_mode": "token_truncate"}
+        else:
+            settings["rollout_logprobs"] = behaviour
         loss = ops.policy_loss(
             output.logprobs,
             torch.cat(old),
             advantages,
             offsets=batch.offsets,
-            kind=self.config.kind,
-            clip_low=self.config.clip_low,
-            clip_high=self.config.clip_high,
             ref_logprobs=torch.cat(references).to(device) if references else None,
-            kl_coef=self.config.kl_coef,
-            behaviour_logprobs=torch.cat([sample.behaviour_logprobs for sample in samples]).to(device),
-            behaviour_cap=self.config.behaviour_cap,
-            normalizer=float(normalizer),
+            entropy=output.entropy,
+            normalizer=self._normalizer(whole),
+            entropy_normalizer=float(_tokens(whole)),
+            **settings,
         )
         metrics.update(loss.metrics)
-        metrics["entropy"] = output.entropy.detach().mean()
         metrics["num_tokens"] = len(output.logprobs)
         return loss.loss
 
@@ -156,6 +157,15 @@ class GRPOStage(Stage[Sample]):
         if self.buffer is not None:
             held = {n.removeprefix("buffer/"): t for n, t in tensors.items() if n.startswith("buffer/")}
             self.buffer.load_state_dict({**held, "meta": meta["buffer"]})
+
+    def _normalizer(self, whole: list[Sample]) -> float:
+        """What the mini-batch's loss is divided by, so that its micro-batches add up."""
+        loss = self.config.loss
+        aggregate = loss.aggregate or KINDS[loss.kind].aggregate
+        if aggregate in ("token_mean", "token_sum"):
+            return float(_tokens(whole)) if aggregate == "token_mean" else 1.0
+        longest = self.config.sampling.max_new_tokens if aggregate == "seq_mean_token_sum_norm" else 1
+        return float(len(whole) * longest)
 
     @property
     def _temperature(self) -> float:
@@ -177,10 +187,9 @@ class GRPOStage(Stage[Sample]):
                 experience.rewards_NR,
                 experience.group_size,
                 component_weights=self.judge.weights,
-                aggregate=self.config.aggregate,
-                scale=self.config.advantage_scale,
                 informative_from=experience.component(self.config.informative_from),
                 zero_uninformative=self.config.zero_uninformative,
+                **self.config.advantages.model_dump(),
             )
             found = groups.informative.nonzero().flatten().tolist()
             if dynamic is None or len(found) >= sampling.prompts or len(rounds) == dynamic.max_rounds:
@@ -243,6 +252,10 @@ class GRPOStage(Stage[Sample]):
                 advantage=advantages[i].item(),
                 kept=i in kept,
             )
+
+
+def _tokens(samples: list[Sample]) -> int:
+    return sum(len(sample.sequence.response_ids) for sample in samples)
 
 
 def _sample(experience: Experience, i: int, advantage: float) -> Sample:

@@ -95,7 +95,7 @@ class MPOStage(Stage[Pair]):
             batch.offsets,
             beta=self.config.beta,
             weights=self.config.weights,
-            delta=self.shift.delta,
+            delta=self._delta,
             label_smoothing=self.config.label_smoothing,
             generation=self.config.generation,
             normalizer=float(len(whole)),
@@ -108,7 +108,7 @@ class MPOStage(Stage[Pair]):
         metrics["rewards/accuracies"] = (chosen > rejected).float().mean()
         metrics["rewards/margins"] = (chosen - rejected).mean()
         metrics["mpo/preference"], metrics["mpo/quality"] = output.preference, output.quality
-        metrics["mpo/generation"], metrics["mpo/delta"] = output.generation, self.shift.delta
+        metrics["mpo/generation"], metrics["mpo/delta"] = output.generation, self._delta
         metrics["num_tokens"] = len(logprobs)
         return output.loss
 
@@ -126,6 +126,10 @@ class MPOStage(Stage[Pair]):
     def load_state(self, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
         self.model.load_reference_state(tensors)
         self.shift.load_state_dict(meta["shift"])
+
+    @property
+    def _delta(self) -> float | torch.Tensor:
+        return self.shift.delta if self.config.shift == "running" else 0.0
 
     @property
     def _seed(self) -> int:
