@@ -1,61 +1,132 @@
-"""mpo_loss: loss and gradient of packed pairs, against the same formula on padded PyTorch tensors."""
+"""mpo_loss: loss and gradient of packed pairs, against the same formula on padded PyTorch tensors and TRL's loss code.
+
+P pairs, T padded length, N tokens: P chosen sequences, then their rejected ones. Everybody takes packed log-probs.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections import defaultdict
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from bench.case import Case, Provider
+from bench.case import Case, Outputs, Provider
+from bench.peers_linear_logprob import PEERS, compiled
 from r1v2_fast.ops import mpo_loss
 
 
 class Inputs(NamedTuple):
-    logprobs: torch.Tensor  # [2 P T]
-    reference: torch.Tensor
-    offsets: torch.Tensor
+    logprobs: torch.Tensor  # [N]
+    reference: torch.Tensor  # [N]
+    offsets: torch.Tensor  # [2P + 1]
+    places: torch.Tensor  # [N] in 2P x T
+    mask: torch.Tensor  # [2P, T]
+    chosen_tokens: int
 
 
-def inputs(pairs: int, length: int):
+def inputs(pairs: int, shortest: int, longest: int):
     def make(device: torch.device) -> Inputs:
         g = torch.Generator().manual_seed(0)
-        reference = -torch.rand(2 * pairs * length, generator=g)
+        lengths = torch.randint(shortest, longest + 1, (2 * pairs,), generator=g)
+        reference = -torch.rand(int(lengths.sum()), generator=g)
         logprobs = (reference + 0.1 * torch.randn(len(reference), generator=g)).to(device).requires_grad_()
-        return Inputs(logprobs, reference.to(device), torch.arange(0, len(reference) + 1, length, device=device))
+        mask = torch.arange(int(lengths.max())) < lengths[:, None]
+        places, offsets = mask.flatten().nonzero().squeeze(1), F.pad(lengths.cumsum(0), (1, 0))
+        reference, offsets, places, mask = (tensor.to(device) for tensor in (reference, offsets, places, mask))
+        return Inputs(logprobs, reference, offsets, places, mask, chosen_tokens=int(lengths[:pairs].sum()))
 
     return make
 
 
-def ours(given: Inputs):
-    loss = mpo_loss(given.logprobs, given.reference, given.offsets).loss
+def ours(given: Inputs) -> Outputs:
+    return with_gradient(mpo_loss(given.logprobs, given.reference, given.offsets, generation="token").loss, given)
+
+
+def with_gradient(loss: torch.Tensor, given: Inputs) -> Outputs:
     return loss.detach(), torch.autograd.grad(loss, given.logprobs)[0]
 
 
-def pytorch(given: Inputs):
-    sequences = len(given.offsets) - 1
-    logprobs, reference = given.logprobs.view(sequences, -1), given.reference.view(sequences, -1)
+def padded(values: torch.Tensor, places: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    if len(values) == mask.numel():
+        return values.view(mask.shape)
+    return values.new_zeros(mask.numel()).index_copy(0, places, values).view(mask.shape)
+
+
+def formula(logprobs, reference, places, mask, chosen_tokens):
+    logprobs, reference = padded(logprobs, places, mask), padded(reference, places, mask)
     chosen, rejected = (0.1 * (logprobs - reference).sum(1)).chunk(2)
     preference = -F.logsigmoid(chosen - rejected).mean()
     quality = -(F.logsigmoid(chosen) + F.logsigmoid(-rejected)).mean()
-    generation = -logprobs[: sequences // 2].mean(1).mean()
-    loss = 0.8 * preference + 0.2 * quality + generation
-    return loss.detach(), torch.autograd.grad(loss, given.logprobs)[0]
+    return 0.8 * preference + 0.2 * quality - logprobs.chunk(2)[0].sum() / chosen_tokens
 
 
-def truth(given: Inputs):
-    return pytorch(Inputs(given.logprobs.detach().double().requires_grad_(), given.reference.double(), given.offsets))
+def plain(function: Callable[..., torch.Tensor]) -> Callable[[Inputs], Outputs]:
+    def run(given: Inputs) -> Outputs:
+        arguments = (given.logprobs, given.reference, given.places, given.mask, given.chosen_tokens)
+        return with_gradient(function(*arguments), given)
+
+    return run
 
 
-CASES = [
-    Case(
-        stem="mpo_loss",
-        name="preference, quality and generation, loss and gradient",
-        shape={"P": 32, "T": 1024},
-        dtype="float32",
-        inputs=inputs(32, 1024),
-        truth=truth,
-        providers={"ours": Provider(ours), "pytorch": Provider(pytorch)},
-        bytes=12.0 * 64 * 1024,
+def truth(given: Inputs) -> Outputs:
+    exact = given._replace(
+        logprobs=given.logprobs.detach().double().requires_grad_(), reference=given.reference.double()
     )
-]
+    return plain(formula)(exact)
+
+
+def trl_loss(
+    logprobs_PT: torch.Tensor, reference_PT: torch.Tensor, mask: torch.Tensor, types: list[str], weights: list[float],
+    *, beta: float = 0.1, label_smoothing: float = 0.0, log_sum_sq_probs: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, dict[str, float]]:  # fmt: skip
+    """DPOTrainer's own code, and what it logs, which it does not leave out: the stub's model hands out the log-probs."""
+    from trl.trainer.dpo_trainer import DPOTrainer
+
+    zeros, same = torch.zeros_like(logprobs_PT), lambda value: value
+    logged: dict[str, list] = defaultdict(list)
+    outputs = SimpleNamespace(log_probs=logprobs_PT, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool())
+    outputs.log_sum_sq_probs = log_sum_sq_probs
+    accelerator = SimpleNamespace(device=mask.device, gather=same, gather_for_metrics=same)
+    stub: Any = SimpleNamespace(
+        model=SimpleNamespace(training=True), accelerator=accelerator, aux_loss_enabled=False, ld_alpha=None,
+        precompute_ref_logps=True, f_divergence_type="reverse_kl", loss_types=types, loss_weights=weights, beta=beta,
+        label_smoothing=label_smoothing, use_weighting=log_sum_sq_probs is not None, _metrics={"train": logged},
+        _total_train_tokens=0, _tp_size=1,
+    )  # fmt: skip
+    chosen, rejected = reference_PT.sum(1).chunk(2)
+    tokens = F.pad(mask.long(), (1, 0))  # behind a prompt of one
+    batch = {"input_ids": tokens, "attention_mask": tokens, "completion_mask": tokens}
+    batch |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+    loss = DPOTrainer._compute_loss(stub, lambda **_: outputs, batch, False)
+    return loss, {name: values[-1] for name, values in logged.items()}
+
+
+def trl(logprobs, reference, places, mask, chosen_tokens):
+    rows = padded(logprobs, places, mask), padded(reference, places, mask)
+    return trl_loss(*rows, mask, ["sigmoid", "bco_pair", "sft"], [0.8, 0.2, 1.0])[0]
+
+
+def case(name: str, pairs: int, shortest: int, longest: int) -> Case:
+    make = inputs(pairs, shortest, longest)
+    tokens = len(make(torch.device("cpu")).places)
+    return Case(
+        stem="mpo_loss",
+        name=f"preference, quality and generation, loss and gradient, {name}",
+        shape={"P": pairs, "T": longest, "N": tokens},
+        dtype="float32",
+        inputs=make,
+        truth=truth,
+        providers={
+            "ours": Provider(ours),
+            "pytorch": Provider(plain(formula)),
+            "compile": Provider(plain(compiled(formula))),
+            "trl": Provider(plain(trl), PEERS["trl"].why_not),
+        },
+        bytes=12.0 * tokens,
+    )
+
+
+CASES = [case("equal lengths", 32, 1024, 1024), case("ragged", 32, 64, 1024)]

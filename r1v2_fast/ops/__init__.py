@@ -2,9 +2,10 @@
 
 from r1v2_fast.ops.group_advantage import GroupAdvantages, group_advantages, groups_from_ids
 from r1v2_fast.ops.linear_logprob import LogProbs, linear_logprobs, logprobs_from_logits
-from r1v2_fast.ops.mpo_loss import MPOLoss, RewardShift, mpo_loss
+from r1v2_fast.ops.mpo_loss import MPOLoss, mpo_loss
 from r1v2_fast.ops.policy_loss import PolicyLoss, policy_loss
 from r1v2_fast.ops.priority_sample import PrioritySample, sample_by_priority
+from r1v2_fast.ops.reward_shift import RewardShift
 
 __all__ = [
     "linear_logprobs",

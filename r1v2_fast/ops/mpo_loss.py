@@ -1,11 +1,12 @@
-"""MPO over packed pairs: three terms and the gradient made together, one scalar a sequence spread over its tokens.
+"""MPO over packed pairs: three terms, metrics and the gradient made together, one scalar a sequence spread over its tokens.
 
 P pairs, N tokens of P chosen sequences and then their P rejected ones.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from r1v2_fast.ops import _backend
 from r1v2_fast.ops._once import differentiable_once
 
-_backend.register("mpo_loss")
+_backend.register("mpo_loss", ("triton", _backend.triton_why_not))
 
 
 class MPOLoss(NamedTuple):
@@ -23,6 +24,21 @@ class MPOLoss(NamedTuple):
     generation: torch.Tensor
     chosen_rewards: torch.Tensor  # [P]
     rejected_rewards: torch.Tensor  # [P]
+    accuracy: torch.Tensor
+    margin: torch.Tensor
+
+
+class Numbers(NamedTuple):
+    """What a tensor may stand in for is read from the tensor then; generation_normalizer NaN: the chosen tokens."""
+
+    beta: float
+    preference: float
+    quality: float
+    generation: float
+    label_smoothing: float
+    delta: float
+    normalizer: float
+    generation_normalizer: float
 
 
 def mpo_loss(
@@ -46,153 +62,164 @@ def mpo_loss(
     quality     -log sigmoid(r_c - delta) - log sigmoid(-(r_r - delta))                           (BCO)
     generation  -log pi(y_c) / |y_c| per sequence, or -log pi(y_c) over all chosen tokens         (SFT)
 
-    shapes          logprobs, ref_logprobs [N]; offsets [2P + 1], chosen sequences first; rewards [P]
-    dtypes          fp16, bf16, fp32 -> fp32; fp64 -> fp64; log-probs in nat
-    normalizer      pairs (default P); generation_normalizer: chosen sequences or tokens, by `generation`
-    delta           a float, or the device tensor that a RewardShift keeps; a constant
-    differentiable  loss in logprobs; the other fields are metrics
-    raises          ValueError on wrong shapes or names, offsets of an odd number of sequences or (on the CPU) an empty
-                    sequence; RuntimeError where the backend cannot run
+    shapes          logprobs, ref_logprobs [N]; offsets [2P + 1] int32 or int64, chosen sequences first; rewards [P]
+    dtypes          fp16, bf16, fp32 -> fp32; fp64 -> fp64; the gradient as logprobs; log-probs and rewards in nat
+    pair_weights    multiply all three terms of a pair, and no divisor
+    normalizer      replaces the number of pairs, P; generation_normalizer that of chosen sequences, P, or of chosen tokens,
+                    by `generation`. Given both, any split of a batch into calls gives the same gradient
+    delta           a constant; with the normalizers, a float or a tensor of one number, such as a RewardShift keeps:
+                    one on the device of logprobs is read there
+    accuracy        the share of this call's pairs with r_c > r_r; margin the mean of r_c - r_r: both unweighted
+    differentiable  loss in logprobs, once; the other fields are metrics
+    backend         "triton": one launch, and one in the backward; "torch": every case. fp64 inside, both
+    raises          ValueError on wrong shapes, names or numbers, offsets of an odd number of sequences or (on the CPU) an
+                    empty sequence; RuntimeError where the backend cannot run: Triton has no fp64 log-probs. On a GPU
+                    offsets are not looked at: bounded to [0, N], tokens of no sequence get gradient 0
     source          Skywork R1V2 (2504.16656) eq. 2 to 5; InternVL2-MPO (2411.10442)
     """
     if logprobs.dim() != 1 or ref_logprobs.shape != logprobs.shape:
         raise ValueError(f"expected packed [N] log-probs, got {tuple(logprobs.shape)} and {tuple(ref_logprobs.shape)}")
-    if offsets.dim() != 1 or len(offsets) < 3 or len(offsets) % 2 == 0:
-        raise ValueError(f"offsets must be [2P + 1] with P >= 1, got {tuple(offsets.shape)}")
-    pairs = (len(offsets) - 1) // 2
+    if not (logprobs.is_floating_point() and ref_logprobs.is_floating_point()):
+        raise ValueError(f"log-probs must be floats, got {logprobs.dtype} and {ref_logprobs.dtype}")
+    pairs = _pairs(offsets, len(logprobs))
     if generation not in ("sequence", "token"):
         raise ValueError(f"generation must be sequence or token, got {generation!r}")
     if pair_weights is not None and pair_weights.shape != (pairs,):
         raise ValueError(f"pair_weights must be [{pairs}], got {tuple(pair_weights.shape)}")
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing must lie in [0, 0.5), got {label_smoothing}")
-    if offsets.device.type == "cpu" and not torch.compiler.is_compiling():
-        if int(offsets[0]) != 0 or int(offsets[-1]) != len(logprobs):
-            raise ValueError(f"offsets must run from 0 to N = {len(logprobs)}, got {offsets.tolist()}")
-        if bool((offsets.diff() <= 0).any()):
-            raise ValueError(f"sequence {int((offsets.diff() <= 0).nonzero()[0])} has no tokens; pairs need both sides")
-    _backend.pick("mpo_loss", backend, logprobs)
-    wide = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
-
-    def scalar(value) -> torch.Tensor | None:
-        return None if value is None else torch.as_tensor(value, dtype=wide, device=logprobs.device).detach()
-
-    return MPOLoss(
-        *_MPOLoss.apply(
-            logprobs.to(wide),
-            ref_logprobs.detach().to(wide),
-            offsets.to(logprobs.device),
-            scalar(delta),
-            None if pair_weights is None else pair_weights.detach().to(logprobs.device, wide),
-            scalar(normalizer),
-            scalar(generation_normalizer),
-            beta,
-            list(weights),
-            label_smoothing,
-            generation == "sequence",
-        )
+    if len(weights) != 3:
+        raise ValueError(f"weights must be those of preference, quality and generation, got {weights}")
+    per_sequence = generation == "sequence"
+    numbers = Numbers(
+        beta,
+        *weights,
+        label_smoothing,
+        _number("delta", delta),
+        _number("normalizer", normalizer, default=pairs),
+        _number("generation_normalizer", generation_normalizer, default=pairs if per_sequence else math.nan),
     )
+    scalars = [
+        value if isinstance(value, torch.Tensor) else None for value in (delta, normalizer, generation_normalizer)
+    ]
+    constants = (ref_logprobs, offsets, pair_weights, *scalars)
+    there = [None if tensor is None else tensor.detach().to(logprobs.device) for tensor in constants]
+    lacking = "its results are fp32 and the log-probs are fp64" if logprobs.dtype == torch.float64 else None
+    chosen = _backend.pick("mpo_loss", backend, logprobs, lacks=("triton", lacking))
+    loss, metrics, rewards = _MPOLoss.apply(logprobs, chosen, *there, list(numbers), per_sequence)
+    preference, quality, generated, accuracy, margin = metrics.unbind()
+    chosen_rewards, rejected_rewards = rewards.split(pairs)
+    return MPOLoss(loss, preference, quality, generated, chosen_rewards, rejected_rewards, accuracy, margin)
 
 
-class RewardShift:
-    """BCO's delta: the running mean of implicit rewards, kept on the device.
-
-    Read `delta` once per optimizer step and call `update` after it. Every reward counts once, over all ranks.
-    `update_first=True` counts as TRL <= 0.28 does, one per call whatever its size; to reproduce it, call `update` with
-    the rewards of the whole batch before reading `delta` for that batch's loss.
-    """
-
-    def __init__(self, *, update_first: bool = False):
-        self.update_first = update_first
-        self.delta = torch.zeros((), dtype=torch.float32)
-        self.count = torch.zeros((), dtype=torch.float64)
-
-    @torch.no_grad()
-    def update(self, chosen_rewards: torch.Tensor, rejected_rewards: torch.Tensor) -> None:
-        """mean <- mean + (batch mean - mean) n / (count + n); sums are all-reduced where ranks are."""
-        rewards = torch.cat([chosen_rewards, rejected_rewards]).detach().double()
-        total = torch.stack([rewards.sum(), rewards.new_tensor(float(len(rewards)))])
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(total)
-        added = torch.ones_like(total[1]) if self.update_first else total[1]
-        count = self.count.to(total.device) + added
-        mean = self.delta.to(total.device).double()
-        step = (total[0] / total[1] - mean) * added / count
-        self.delta, self.count = (mean + step).to(torch.float32), count
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"delta": self.delta.item(), "count": self.count.item(), "update_first": self.update_first}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.delta = torch.tensor(state["delta"], dtype=torch.float32)
-        self.count = torch.tensor(state["count"], dtype=torch.float64)
-        self.update_first = state["update_first"]
+def _pairs(offsets: torch.Tensor, count: int) -> int:
+    """Their number; raises ValueError on what offsets must not be."""
+    if offsets.dim() != 1 or len(offsets) < 3 or len(offsets) % 2 == 0 or offsets.is_floating_point():
+        raise ValueError(f"offsets must be ints [2P + 1] with P >= 1, got {offsets.dtype} {tuple(offsets.shape)}")
+    if offsets.device.type == "cpu" and not torch.compiler.is_compiling():
+        if int(offsets[0]) != 0 or int(offsets[-1]) != count:
+            raise ValueError(f"offsets must run from 0 to N = {count}, got {int(offsets[0])} to {int(offsets[-1])}")
+        if bool((empty := offsets.diff() <= 0).any()):
+            raise ValueError(f"sequence {int(empty.nonzero()[0])} has no tokens; pairs need both sides")
+    return (len(offsets) - 1) // 2
 
 
-torch.library.define(
-    "r1v2_fast::mpo_loss",
-    "(Tensor logprobs, Tensor reference, Tensor offsets, Tensor delta, Tensor? pair_weights, Tensor? normalizer, "
-    "Tensor? generation_normalizer, float beta, float[] weights, float label_smoothing, bool per_sequence) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+def _number(name: str, value: float | torch.Tensor | None, *, default: float = math.nan) -> float:
+    """The float that is given or meant; NaN, which nothing reads, for a tensor."""
+    if isinstance(value, torch.Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} must be one number, got a tensor of shape {tuple(value.shape)}")
+        return math.nan
+    if value is None:
+        return default
+    if "normalizer" in name and not value > 0:
+        raise ValueError(f"{name} must be above 0, got {value}")
+    return float(value)
+
+
+_SCHEMA = (
+    "(Tensor logprobs, Tensor reference, Tensor offsets, Tensor? pair_weights, Tensor? delta, Tensor? normalizer, "
+    "Tensor? generation_normalizer, float[] numbers, bool per_sequence) -> (Tensor, Tensor, Tensor, Tensor)"
 )
+torch.library.define("r1v2_fast::mpo_loss", _SCHEMA)
+torch.library.define("r1v2_fast::mpo_loss_triton", _SCHEMA)
+
+
+@torch.library.impl("r1v2_fast::mpo_loss_triton", "default")
+def _triton_impl(logprobs, *arguments):
+    from r1v2_fast.kernels import mpo_loss as kernel  # Triton is imported when a kernel is wanted, not before
+
+    with _backend.on_device_of(logprobs):
+        return kernel.launch(logprobs, *arguments)
 
 
 @torch.library.impl("r1v2_fast::mpo_loss", "default")
-def _impl(
-    logprobs, reference, offsets, delta, pair_weights, normalizer, generation_normalizer, beta, weights, smoothing,
-    per_sequence,
-):  # fmt: skip
-    pairs = (len(offsets) - 1) // 2
-    places = torch.arange(len(logprobs), device=logprobs.device)
-    rows = torch.searchsorted(offsets[1:].contiguous(), places, right=True).clamp(max=2 * pairs - 1)
+def _torch_impl(
+    logprobs, reference, offsets, pair_weights, delta, normalizer, generation_normalizer, numbers, per_sequence
+):
+    """fp64 inside: sums cancel, and what follows them has one entry a pair."""
+    count, pairs, given = len(logprobs), (len(offsets) - 1) // 2, Numbers(*numbers)
+    bounds = offsets.clamp(0, count).cummax(0).values  # on a GPU nobody looked at them
+    chosen_lengths = bounds[: pairs + 1].diff().double()
 
-    def sums(values):
-        return values.new_zeros(2 * pairs).index_add(0, rows, values)
+    def scalar(tensor, number):
+        return number if tensor is None else tensor.reshape(()).double()
 
-    wide = logprobs.dtype  # fp64 inside: index_add adds one by one, and what follows has one entry a pair
-    logprobs, reference, delta = logprobs.double(), reference.double(), delta.double()
-    lengths = offsets.diff().double()
-    chosen, rejected = (beta * sums(logprobs - reference)).split(pairs)
-    w = torch.ones_like(chosen) if pair_weights is None else pair_weights.double()
-    over_pairs = torch.full_like(delta, pairs) if normalizer is None else normalizer.double()
-    default = torch.full_like(delta, pairs) if per_sequence else lengths[:pairs].sum()
-    over_generated = default if generation_normalizer is None else generation_normalizer.double()
-    gap = chosen - rejected
-    preference = -(w * ((1 - smoothing) * F.logsigmoid(gap) + smoothing * F.logsigmoid(-gap))).sum() / over_pairs
-    quality = -(w * (F.logsigmoid(chosen - delta) + F.logsigmoid(delta - rejected))).sum() / over_pairs
-    share = w / lengths[:pairs].clamp(min=1) if per_sequence else w
-    generated = -(share * sums(logprobs)[:pairs]).sum() / over_generated
-    w1, w2, w3 = weights
-    # d/d gap of the preference term, d/d r of the quality terms, then r's slope beta
-    pull = w1 * w * (smoothing * gap.sigmoid() - (1 - smoothing) * (-gap).sigmoid()) / over_pairs
-    chosen_slope = beta * (pull - w2 * w * (delta - chosen).sigmoid() / over_pairs) - w3 * share / over_generated
-    rejected_slope = beta * (w2 * w * (rejected - delta).sigmoid() / over_pairs - pull)
-    grad = torch.cat([chosen_slope, rejected_slope])[rows]
-    loss = w1 * preference + w2 * quality + w3 * generated
-    # copies: an op must not return two views of one tensor
-    return tuple(value.to(wide, copy=True) for value in (loss, preference, quality, generated, chosen, rejected, grad))
+    over_pairs = scalar(normalizer, given.normalizer)
+    over_generated = scalar(generation_normalizer, given.generation_normalizer)
+    if generation_normalizer is None and math.isnan(over_generated):
+        over_generated = chosen_lengths.sum().clamp(min=1)
+    weight = 1.0 if pair_weights is None else pair_weights.double()
+    share = weight / chosen_lengths.clamp(min=1) if per_sequence else weight
+
+    own = logprobs.double()
+    rewards = given.beta * torch.segment_reduce(own - reference.double(), "sum", offsets=bounds)
+    generation = -(share * torch.segment_reduce(own, "sum", offsets=bounds[: pairs + 1])).sum() / over_generated
+    chosen, rejected = rewards.split(pairs)
+    gap, delta = chosen - rejected, scalar(delta, given.delta)
+    margins = torch.stack([gap, -gap, chosen - delta, delta - rejected])
+    won, lost, high, low = (-F.logsigmoid(margins) * weight).sum(1) / over_pairs
+    preference = (1 - given.label_smoothing) * won + given.label_smoothing * lost
+    loss = given.preference * preference + given.quality * (high + low) + given.generation * generation
+    metrics = torch.stack([preference, high + low, generation, (gap > 0).double().mean(), gap.mean()])
+
+    # d/dx -log sigmoid(x) = -sigmoid(-x); then r's slope beta
+    won, lost, high, low = (-margins).sigmoid() * weight * (given.beta / over_pairs)
+    pull = given.preference * ((1 - given.label_smoothing) * won - given.label_smoothing * lost)
+    slope = -pull - given.quality * high - given.generation * (share / over_generated)
+    slopes = torch.cat([slope, pull + given.quality * low])
+    # tokens of no sequence, before the first or behind the last, get 0
+    repeats = F.pad(bounds, (1, 1)).diff()
+    repeats[-1] += count
+    wide = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
+    grad = torch.repeat_interleave(F.pad(slopes, (1, 1)).to(wide), repeats, output_size=count)
+    return loss.to(wide), metrics.to(wide), rewards.to(wide), grad
 
 
+@torch.library.register_fake("r1v2_fast::mpo_loss_triton")
 @torch.library.register_fake("r1v2_fast::mpo_loss")
 def _fake(logprobs, reference, offsets, *arguments):
-    pairs = (len(offsets) - 1) // 2
-    scalars = [logprobs.new_empty(()) for _ in range(4)]
-    return (*scalars, logprobs.new_empty(pairs), logprobs.new_empty(pairs), logprobs.new_empty(logprobs.shape))
+    wide = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
+    return tuple(logprobs.new_empty(shape, dtype=wide) for shape in ((), (5,), (len(offsets) - 1,), logprobs.shape))
 
 
-_op = torch.ops.r1v2_fast.mpo_loss.default
+_torch_op = torch.ops.r1v2_fast.mpo_loss.default
+_triton_op = torch.ops.r1v2_fast.mpo_loss_triton.default
 
 
 class _MPOLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logprobs, *arguments):
-        loss, *metrics, grad = _op(logprobs, *arguments)
+    def forward(ctx, logprobs, backend, *arguments):
+        loss, metrics, rewards, grad = (_triton_op if backend == "triton" else _torch_op)(logprobs, *arguments)
         ctx.save_for_backward(grad)
-        ctx.mark_non_differentiable(*metrics)
-        return loss, *metrics
+        ctx.dtype = logprobs.dtype
+        ctx.mark_non_differentiable(metrics, rewards)
+        return loss, metrics, rewards
 
     @staticmethod
     @differentiable_once
     def backward(ctx, grad_loss, *unused):
         (grad,) = ctx.saved_tensors
-        return grad * grad_loss, *(None,) * 10
+        # rounded to 16 bits behind the product, in its launch: loss scaling is there for what fp16 cannot hold
+        scaled = torch.mul(grad, grad_loss, out=grad.new_empty(grad.shape, dtype=ctx.dtype))
+        return scaled, *(None,) * (len(ctx.needs_input_grad) - 1)

@@ -105,8 +105,7 @@ class MPOStage(Stage[Pair]):
         self._rewards.append((chosen, rejected))
         metrics["rewards/chosen"] = chosen.mean()
         metrics["rewards/rejected"] = rejected.mean()
-        metrics["rewards/accuracies"] = (chosen > rejected).float().mean()
-        metrics["rewards/margins"] = (chosen - rejected).mean()
+        metrics["rewards/accuracies"], metrics["rewards/margins"] = output.accuracy, output.margin
         metrics["mpo/preference"], metrics["mpo/quality"] = output.preference, output.quality
         metrics["mpo/generation"], metrics["mpo/delta"] = output.generation, self._delta
         metrics["num_tokens"] = len(logprobs)
