@@ -1,13 +1,21 @@
-"""policy_loss: loss and gradient of packed responses, against the same formula in padded PyTorch."""
+"""policy_loss: loss, gradient and metrics of packed responses, against padded PyTorch and trainers' own code."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from bench.case import Case, Provider
+from bench.case import Case, Outputs, Provider
+from bench.peers_linear_logprob import Peer, compiled
+from bench.peers_policy_loss import PEERS
 from r1v2_fast.ops import policy_loss
+
+Loss = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
+]  # log-probs and old ones [B, T], advantages [B]
 
 
 class Inputs(NamedTuple):
@@ -28,38 +36,71 @@ def inputs(sequences: int, length: int):
     return make
 
 
-def ours(given: Inputs):
-    loss = policy_loss(given.logprobs, given.old, given.advantages, offsets=given.offsets).loss
+def ours(kind: str, given: Inputs) -> Outputs:
+    normalizer = float(len(given.logprobs) if kind == "dapo" else len(given.advantages))
+    loss = policy_loss(
+        given.logprobs, given.old, given.advantages, offsets=given.offsets, kind=kind, normalizer=normalizer
+    ).loss
     return loss.detach(), torch.autograd.grad(loss, given.logprobs)[0]
 
 
 def formula(logprobs: torch.Tensor, old: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
-    """The mean over responses of equal length of each one's mean clipped loss."""
+    """The mean over responses of equal length of each one's mean clipped loss, which is the mean over all tokens."""
     logprobs, old, advantages = logprobs.view(len(advantages), -1), old.view(len(advantages), -1), advantages[:, None]
     ratio = (logprobs - old).exp()
     term = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
     return term.mean(1).mean()
 
 
-def pytorch(given: Inputs):
-    loss = formula(given.logprobs, given.old, given.advantages)
-    return loss.detach(), torch.autograd.grad(loss, given.logprobs)[0]
+def gspo_formula(logprobs: torch.Tensor, old: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+    logprobs, old = logprobs.view(len(advantages), -1), old.view(len(advantages), -1)
+    ratio = (logprobs - old).mean(1).exp()
+    return -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).mean()
 
 
-def truth(given: Inputs):
-    wide = given.logprobs.detach().double().requires_grad_()
-    return pytorch(Inputs(wide, given.old.double(), given.advantages.double(), given.offsets))
+def padded(loss: Loss) -> Callable[[Inputs], Outputs]:
+    def run(given: Inputs) -> Outputs:
+        shape = len(given.advantages), -1
+        value = loss(given.logprobs.view(shape), given.old.view(shape), given.advantages)
+        return value.detach(), torch.autograd.grad(value, given.logprobs)[0]
+
+    return run
+
+
+def truth(loss: Loss) -> Callable[[Inputs], Outputs]:
+    def run(given: Inputs) -> Outputs:
+        wide = given.logprobs.detach().double().requires_grad_()
+        return padded(loss)(Inputs(wide, given.old.double(), given.advantages.double(), given.offsets))
+
+    return run
+
+
+def peer(found: Peer, word: str) -> Provider:
+    return Provider(padded(partial(found.function, word)), found.why_not)
+
+
+def case(kind: str, loss: Loss, sequences: int, length: int, **peers: Provider) -> Case:
+    return Case(
+        stem="policy_loss",
+        name=f"{kind}, loss, gradient and metrics",
+        shape={"B": sequences, "T": length},
+        dtype="float32",
+        inputs=inputs(sequences, length),
+        truth=truth(loss),
+        providers={
+            "ours": Provider(partial(ours, kind)),
+            "pytorch": Provider(padded(loss)),
+            "compile": Provider(padded(compiled(loss))),
+            **peers,
+        },
+        bytes=12.0 * sequences * length,
+    )
 
 
 CASES = [
-    Case(
-        stem="policy_loss",
-        name="grpo, loss and gradient",
-        shape={"B": 64, "T": 1024},
-        dtype="float32",
-        inputs=inputs(64, 1024),
-        truth=truth,
-        providers={"ours": Provider(ours), "pytorch": Provider(pytorch)},
-        bytes=16.0 * 64 * 1024,
-    )
-]
+    case(
+        "grpo", formula, 64, 1024, trl=peer(PEERS["trl"], "grpo"), verl=peer(PEERS["verl"], "seq-mean-token-mean")
+    ),
+    case("dapo", formula, 8, 8192, trl=peer(PEERS["trl"], "dapo"), verl=peer(PEERS["verl"], "token-mean")),
+    case("gspo", gspo_formula, 64, 1024),
+]  # fmt: skip

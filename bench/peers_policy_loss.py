@@ -1,0 +1,76 @@
+"""Trainers' own policy losses on given log-probs [B, T], as they call them: TRL's and verl's code, not their formulas."""
+
+from __future__ import annotations
+
+import functools
+from collections import defaultdict
+from types import SimpleNamespace
+
+import torch
+
+from bench.peers_linear_logprob import Peer, _from
+
+
+@functools.cache
+def _trl_trainer(kind: str, sequences: int, length: int):
+    """A GRPOTrainer without its __init__, whose model is log-probs that somebody else made."""
+    base, config = _from("trl", "GRPOTrainer"), _from("trl", "GRPOConfig")
+
+    class Trainer(base):
+        def __init__(self):
+            pass
+
+        def _get_per_token_logps_and_entropies(self, *_, **__):
+            return self.logprobs, self.entropies, None
+
+    trainer = Trainer()
+    args = config(
+        output_dir="unused", report_to=[], num_generations=sequences, per_device_train_batch_size=sequences, bf16=False,
+        loss_type=kind, beta=0.0, max_completion_length=length, use_bias_correction_kl=False,
+    )  # fmt: skip
+    accelerator = SimpleNamespace(
+        gather=lambda x: x, reduce=lambda x, reduction: x, num_processes=1, sync_gradients=True
+    )
+    for name, value in {
+        "args": args, "loss_type": kind, "importance_sampling_level": "token", "beta": 0.0, "epsilon_low": 0.2,
+        "epsilon_high": 0.2, "off_policy_mask_threshold": None, "top_entropy_quantile": 1.0, "use_vllm": False,
+        "aux_loss_enabled": False, "_entropy_bonus_enabled": False, "max_completion_length": length,
+        "current_gradient_accumulation_steps": 1, "accelerator": accelerator, "model": SimpleNamespace(training=True),
+    }.items():  # fmt: skip
+        setattr(trainer, name, value)
+    return trainer
+
+
+def trl(kind: str, logprobs: torch.Tensor, old: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+    trainer, device = _trl_trainer(kind, *logprobs.shape), logprobs.device
+    trainer.logprobs, trainer.entropies = logprobs, torch.zeros_like(logprobs)
+    trainer._metrics = {"train": defaultdict(list)}
+    ones, none = (
+        torch.ones_like(logprobs, dtype=torch.int64),
+        torch.zeros(len(logprobs), 0, dtype=torch.int64, device=device),
+    )
+    return trainer._compute_loss(
+        None,
+        {
+            "prompt_ids": none, "prompt_mask": none, "completion_ids": ones, "completion_mask": ones,
+            "advantages": advantages, "old_per_token_logps": old, "num_items_in_batch": ones.sum(),
+        },
+    )  # fmt: skip
+
+
+@functools.cache
+def _verl_config():
+    actor = _from("verl.workers.config", "ActorConfig")
+    return actor(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, clip_ratio=0.2)
+
+
+def verl(mode: str, logprobs: torch.Tensor, old: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+    vanilla = _from("verl.trainer.ppo.core_algos", "get_policy_loss_fn")("vanilla")
+    ones = torch.ones_like(logprobs)
+    return vanilla(old, logprobs, advantages[:, None].expand_as(ones), ones, mode, _verl_config())[0]
+
+
+PEERS = {
+    "trl": Peer("trl", "1.16.0", trl, needs_cuda=False),
+    "verl": Peer("verl", "0.9.1", verl, needs_cuda=False),
+}
