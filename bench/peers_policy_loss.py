@@ -15,15 +15,9 @@ from bench.peers_linear_logprob import Peer, _from
 def _trl_trainer(kind: str, sequences: int, length: int):
     """A GRPOTrainer without its __init__, whose model is log-probs that somebody else made."""
     base, config = _from("trl", "GRPOTrainer"), _from("trl", "GRPOConfig")
-
-    class Trainer(base):
-        def __init__(self):
-            pass
-
-        def _get_per_token_logps_and_entropies(self, *_, **__):
-            return self.logprobs, self.entropies, None
-
-    trainer = Trainer()
+    ready_made = lambda self, *_, **__: (self.logprobs, self.entropies, None)  # noqa: E731
+    made = {"__init__": lambda self: None, "_get_per_token_logps_and_entropies": ready_made}
+    trainer = type("Trainer", (base,), made)()
     args = config(
         output_dir="unused", report_to=[], num_generations=sequences, per_device_train_batch_size=sequences, bf16=False,
         loss_type=kind, beta=0.0, max_completion_length=length, use_bias_correction_kl=False,

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "r1v2_fast"
 LAYERS = {
     "reference": set(),
-    "testing": set(),
+    "testing": {"ops", "reference"},
     "ops": {"reference", "kernels", "_C", "_native"},
     "buffer": {"ops"},
     "models": {"ops", "config"},

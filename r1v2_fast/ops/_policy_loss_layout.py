@@ -5,24 +5,27 @@ from __future__ import annotations
 import functools
 
 import torch
+import torch.nn.functional as F
 
 
 class Layout:
     def __init__(self, tokens: torch.Tensor, mask: torch.Tensor | None, offsets: torch.Tensor | None):
+        self.tokens_given = tokens.numel()
+        self.padded = mask is not None
         if mask is not None:
             self.sequences, self.longest = mask.shape
             self.live = mask.reshape(-1).bool()
             self.lengths = self.live.view(mask.shape).sum(1, dtype=torch.float64)
-            self.rows = None
         else:
             assert offsets is not None
             self.sequences, self.longest = len(offsets) - 1, 0
+            self.bounds = offsets.clamp(0, tokens.numel()).cummax(0).values  # on a GPU nobody looked at them
             places = torch.arange(tokens.numel(), device=tokens.device)
-            rows = torch.searchsorted(offsets[1:].contiguous(), places, right=True)
-            self.live = (rows < self.sequences) & (places >= offsets[0])  # others belong to nobody
-            self.lengths = offsets.diff().double()
-            self.rows = rows.clamp(max=max(self.sequences - 1, 0))
+            self.live = (places >= self.bounds[0]) & (places < self.bounds[-1])  # others belong to nobody
+            self.lengths = self.bounds.diff().double()
         self.count = self.lengths.clamp(min=1)
+        # on the CPU a look is cheaper than masking everything; on a GPU it would wait
+        self.whole = tokens.device.type == "cpu" and bool(self.live.all())
 
     @functools.cached_property
     def token_count(self) -> torch.Tensor:
@@ -40,29 +43,38 @@ class Layout:
             return 1.0
         return max(self.sequences * self.longest, 1) if aggregate == "seq_mean_token_sum_norm" else self.nonempty
 
+    def kept(self, values_N: torch.Tensor, otherwise: float = 0.0) -> torch.Tensor:
+        """The values of tokens that count, whatever stands elsewhere."""
+        return values_N if self.whole else values_N.where(self.live, otherwise)
+
     def tokens(self, values: torch.Tensor) -> torch.Tensor:
-        """[N] in fp64, 0 where no token counts, whatever stands there."""
-        return values.reshape(-1).double().where(self.live, 0)
+        """[N] in fp64, 0 where no token counts."""
+        return self.kept(values.reshape(-1).double())
 
     def maybe(self, values: torch.Tensor | None) -> torch.Tensor | None:
         return None if values is None else self.tokens(values)
 
     def per_token(self, values: torch.Tensor) -> torch.Tensor:
         """[N] of what is given for each token or for each sequence."""
-        return self.tokens(self.spread(values.view(-1)) if values.numel() == self.sequences else values)
+        if values.numel() == self.sequences:
+            return self.kept(self.spread(values.view(-1).double()))
+        return self.tokens(values)
 
     def sums(self, values_N: torch.Tensor) -> torch.Tensor:
         """[B]"""
-        values_N = values_N.double().where(self.live, 0)
-        if self.rows is None:
+        values_N = self.kept(values_N.double())
+        if self.padded:
             return values_N.view(self.sequences, self.longest).sum(1)
-        return values_N.new_zeros(self.sequences).index_add(0, self.rows, values_N)
+        return torch.segment_reduce(values_N, "sum", offsets=self.bounds) if self.sequences else values_N.new_zeros(0)
 
     def total(self, values_N: torch.Tensor) -> torch.Tensor:
-        return values_N.double().where(self.live, 0).sum()
+        return self.kept(values_N.double()).sum()
 
     def spread(self, values_B: torch.Tensor) -> torch.Tensor:
-        """[N]"""
-        if self.rows is None:
+        """[N]; 0 for tokens of no sequence."""
+        if self.padded:
             return values_B[:, None].expand(self.sequences, self.longest).reshape(-1)
-        return values_B[self.rows] if self.sequences else values_B.new_zeros(len(self.rows))
+        repeats = F.pad(self.bounds, (1, 1)).diff()
+        repeats[-1] += self.tokens_given
+        numbers = F.pad(values_B.to(torch.uint8) if values_B.dtype == torch.bool else values_B, (1, 1))
+        return torch.repeat_interleave(numbers, repeats, output_size=self.tokens_given).to(values_B.dtype)

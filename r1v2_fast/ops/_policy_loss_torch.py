@@ -47,46 +47,51 @@ def run(
     rollout, behaviour = at.maybe(rollout), at.maybe(behaviour)
     ratio, inside = _ratio(at, logprobs - old, advantages, numbers, words)
     corrections = _corrections(at, old, importance, rollout, behaviour, numbers, words)
-    weights, phi = corrections.tokens * at.spread(corrections.sequences), torch.zeros_like(ratio)
+    weights = phi = dropped = None
+    if any(x is not None for x in (importance, rollout, behaviour)):
+        weights = corrections.tokens * at.spread(corrections.sequences)
     applied = weights
     if words.family == "vespo":  # the corrections are part of w
-        phi, applied = _phi(at, logprobs - old, advantages, corrections, numbers), torch.ones_like(ratio)
-    dropped = torch.zeros_like(at.live)
+        phi, applied = _phi(at, logprobs - old, advantages, corrections, numbers), None
     if numbers.off_policy < math.inf:
         sampled = next(x for x in (rollout, behaviour, old) if x is not None)
         away = at.sums((sampled - logprobs).nan_to_num(nan=0.0)) / at.count
-        dropped = (advantages < 0) & at.spread(away > numbers.off_policy) & at.live
-        applied = applied.masked_fill(dropped, 0)
+        dropped = (advantages < 0) & at.spread(away > numbers.off_policy)
+        applied = _times(applied, ~dropped)
     if token_weights is not None:
-        applied = applied * at.tokens(token_weights)
+        applied = _times(applied, at.tokens(token_weights))
 
     terms = _terms(logprobs, old, advantages, ratio, phi, numbers, words)
-    idle = ~at.live | (advantages == 0) | (applied == 0)  # exactly nothing, even at a ratio of inf
-    term, slope = ((x * applied).masked_fill(idle, 0) for x in (terms.value, terms.slope))
+    idle = advantages == 0 if applied is None else (advantages == 0) | (applied == 0)
+    # exactly nothing, even at a ratio of inf
+    term, slope = (_times(applied, x).masked_fill(idle, 0) for x in (terms.value, terms.slope))
     moves = words.family in ("clip", "gmpo", "sapo")  # through the ratio; the others' gradient is their log-prob's own
-    own, pull = (torch.zeros_like(slope), slope) if moves else (slope, torch.zeros_like(slope))
+    own, pull = (torch.zeros_like(slope), slope) if moves else (slope, None)
     kl = None
     if reference is not None:
         kl, steep = _kl(at, at.tokens(reference) - logprobs, numbers, words)
         if words.kl_importance:
             kl, steep = kl * ratio, steep * ratio
-            pull = pull + numbers.kl_coef * kl
+            pull = numbers.kl_coef * kl + (0 if pull is None else pull)
         if numbers.kl_coef:
             term, own = term + numbers.kl_coef * kl, own + numbers.kl_coef * steep
 
-    if words.aggregate == "seq_mean_token_mean":
-        term, own, pull = (x * at.spread(1 / at.count) for x in (term, own, pull))
-    if words.ratio == "sequence":  # rho = exp(mean of log-ratios): each token holds its share of the slope
-        pull = at.spread(at.sums(pull) / at.count)
+    if pull is not None:
+        if words.ratio == "sequence":  # rho = exp(mean of log-ratios): each token holds its share of the slope
+            pull = at.spread(at.sums(pull) / at.count)
+        own = own + pull.where(inside, 0)
     divisor = _given(normalizer, numbers.divisor, at.divisor(words.aggregate))
-    loss = at.total(term) / divisor
-    grad = (own + pull.where(inside, 0)).where(at.live, 0) / divisor
+    if words.aggregate == "seq_mean_token_mean":
+        share = at.spread(1 / (at.count * divisor))
+        loss, grad = at.total(term * share), at.kept(own * share)
+    else:
+        loss, grad = at.total(term) / divisor, at.kept(own / divisor)
     entropy_grad, mean_entropy = grad.new_zeros(0), None
     if entropy is not None:
         mean_entropy = at.total(at.tokens(entropy)) / at.token_count
         step = numbers.entropy_coef / _given(entropy_normalizer, numbers.entropy_divisor, at.token_count)
         loss, entropy_grad = loss - step * mean_entropy * at.token_count, -step * at.live.double()
-    metrics = _metrics(at, terms, ratio, kl, mean_entropy, phi, dropped, weights, corrections, words)
+    metrics = _metrics(at, terms, ratio, kl, mean_entropy, phi, dropped, weights, corrections, numbers, words)
     return loss, grad, entropy_grad, metrics
 
 
@@ -143,7 +148,7 @@ def _phi(at: Layout, change: Tensor, advantages: Tensor, corrections: Correction
 
 
 def _terms(
-    logprobs: Tensor, old: Tensor, advantages: Tensor, ratio: Tensor, phi: Tensor, numbers: Numbers, words: Words
+    logprobs: Tensor, old: Tensor, advantages: Tensor, ratio: Tensor, phi: Tensor | None, numbers: Numbers, words: Words
 ) -> Terms:
     below, above, dual = ratio < numbers.low, ratio > numbers.high, torch.zeros_like(ratio, dtype=torch.bool)
     if words.family == "clip":
@@ -166,7 +171,7 @@ def _terms(
         gate = (tau * (ratio - 1)).sigmoid()
         slope = -advantages * 4 * gate * (tau * (1 - ratio)).sigmoid() * ratio
         return Terms(-advantages * (4 / tau) * gate, slope.where(ratio != math.inf, 0), dual, dual, dual)
-    if words.family == "vespo":
+    if phi is not None:
         return Terms(-phi * advantages * logprobs, -phi * advantages, dual, dual, dual)
     if words.family == "cispo":
         slope = -ratio.clamp(numbers.low, numbers.high) * advantages
@@ -180,7 +185,7 @@ def _terms(
 
 def _kl(at: Layout, away: Tensor, numbers: Numbers, words: Words) -> tuple[Tensor, Tensor]:
     """(KL of away = ref - logprob, its slope in the log-prob)."""
-    free, away = ~(away.abs() > numbers.bound) & at.live, away.clamp(-numbers.bound, numbers.bound).where(at.live, 0)
+    free, away = ~(away.abs() > numbers.bound) & at.live, at.kept(away.clamp(-numbers.bound, numbers.bound))
     if words.kl_kind == "k1":
         value, slope = -away, torch.ones_like(away)
     elif words.kl_kind == "k2":
@@ -192,12 +197,13 @@ def _kl(at: Layout, away: Tensor, numbers: Numbers, words: Words) -> tuple[Tenso
 
 
 def _metrics(
-    at: Layout, terms: Terms, ratio: Tensor, kl: Tensor | None, mean_entropy: Tensor | None, phi: Tensor, dropped: Tensor,
-    weights: Tensor, corrections: Corrections, words: Words,
+    at: Layout, terms: Terms, ratio: Tensor, kl: Tensor | None, mean_entropy: Tensor | None, phi: Tensor | None,
+    dropped: Tensor | None, weights: Tensor | None, corrections: Corrections, numbers: Numbers, words: Words,
 ) -> Tensor:  # fmt: skip
-    def of_ratio(values: Tensor) -> Tensor:
-        """A mean over tokens; a sequence's ratio counts once."""
-        return at.total(values) / at.token_count if words.ratio == "token" else of_sequences(values)
+    """In METRICS' order; 0 for what means nothing here."""
+
+    def of_tokens(values: Tensor) -> Tensor:
+        return at.total(values) / at.token_count
 
     def of_sequences(values: Tensor) -> Tensor:
         return (at.sums(values) / at.count).sum() / at.nonempty
@@ -211,30 +217,40 @@ def _metrics(
     def of_a_sequence(values: Tensor, empty: float) -> Tensor:
         return (at.sums(values) / at.count).where(at.lengths > 0, empty)
 
-    zero, difference = at.token_count.new_zeros(()), corrections.difference.abs()
-    by_sequence = words.rollout_mode.startswith("sequence")
-    found = {
-        "clip_ratio/low_mean": of_ratio(terms.low),
-        "clip_ratio/high_mean": of_ratio(terms.high),
-        "clip_ratio/region_mean": of_ratio(terms.low | terms.high),
-        "clip_ratio/dual_mean": of_ratio(terms.dual),
-        "cispo_clip_ratio": of_ratio(terms.high),
-        "vespo/phi_seq_mean": of_sequences(phi),
-        "ratio/mean": of_ratio(ratio),
-        "kl": zero if kl is None else at.total(kl) / at.token_count,
-        "entropy": zero if mean_entropy is None else mean_entropy,
-        "off_policy_mask/dropped": of_sequences(dropped),
-        "sampling/importance_sampling_ratio/mean": of_sequences(weights)
-        if by_sequence
-        else at.total(weights) / at.token_count,
-        "sampling/sampling_logp_difference/mean": at.total(difference) / at.total(corrections.scored).clamp(min=1),
-        "clip_ratio/low_min": extreme(of_a_sequence(terms.low, math.inf), -1),
-        "sampling/importance_sampling_ratio/min": extreme(weights.where(at.live, math.inf), -1),
-        "clip_ratio/high_max": extreme(of_a_sequence(terms.high, -math.inf), 1),
-        "sampling/importance_sampling_ratio/max": extreme(weights.where(at.live, -math.inf), 1),
-        "sampling/sampling_logp_difference/max": extreme(difference, 1),
-    }
-    return torch.stack([found[name] for name in METRICS])
+    of_ratio = of_tokens if words.ratio == "token" else of_sequences  # a sequence's ratio counts once
+    found = {"ratio/mean": of_ratio(ratio)}
+    if words.family in ("clip", "gmpo", "dppo_tv"):
+        found["clip_ratio/low_mean"], found["clip_ratio/high_mean"] = of_ratio(terms.low), of_ratio(terms.high)
+        found["clip_ratio/region_mean"] = found["clip_ratio/low_mean"] + found["clip_ratio/high_mean"]
+        found["clip_ratio/low_min"] = extreme(of_a_sequence(terms.low, math.inf), -1)
+        found["clip_ratio/high_max"] = extreme(of_a_sequence(terms.high, -math.inf), 1)
+    if numbers.dual_clip < math.inf:
+        found["clip_ratio/dual_mean"] = of_ratio(terms.dual)
+    if words.family == "cispo":
+        found["cispo_clip_ratio"] = of_ratio(terms.high)
+    if phi is not None:
+        found["vespo/phi_seq_mean"] = of_sequences(phi)
+    if kl is not None:
+        found["kl"] = of_tokens(kl)
+    if mean_entropy is not None:
+        found["entropy"] = mean_entropy
+    if dropped is not None:
+        found["off_policy_mask/dropped"] = of_sequences(dropped)
+    if weights is not None:
+        by_sequence = words.rollout_mode.startswith("sequence")
+        found["sampling/importance_sampling_ratio/mean"] = (of_sequences if by_sequence else of_tokens)(weights)
+        found["sampling/importance_sampling_ratio/min"] = extreme(at.kept(weights, math.inf), -1)
+        found["sampling/importance_sampling_ratio/max"] = extreme(at.kept(weights, -math.inf), 1)
+    if words.rollout_mode:
+        difference, scored = corrections.difference.abs(), at.total(corrections.scored).clamp(min=1)
+        found["sampling/sampling_logp_difference/mean"] = at.total(difference) / scored
+        found["sampling/sampling_logp_difference/max"] = extreme(difference, 1)
+    nothing = ratio.new_zeros(())
+    return torch.stack([found.get(name, nothing) for name in METRICS])
+
+
+def _times(weights: Tensor | None, values: Tensor) -> Tensor:
+    return values if weights is None else values * weights
 
 
 def _choose(condition: Tensor, yes: float, no: float) -> Tensor:

@@ -32,10 +32,8 @@ class Responses(NamedTuple):
 
     def to(self, target) -> Responses:
         """In another dtype, or on a device."""
-        *floats, offsets = self
-        return Responses(
-            *(x.to(target) for x in floats), offsets if isinstance(target, torch.dtype) else offsets.to(target)
-        )
+        offsets = self.offsets if isinstance(target, torch.dtype) else self.offsets.to(target)
+        return Responses(**{name: value.to(target) for name, value in self._asdict().items()} | {"offsets": offsets})
 
     @property
     def lengths(self) -> torch.Tensor:
