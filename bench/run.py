@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -31,6 +32,7 @@ def run(case: Case, device: torch.device, *, rounds: int, console: Console) -> l
     functions = {name: partial(case.providers[name].run, inputs) for name in found}
     timings = interleaved(functions, device=device, rounds=rounds)
     peaks = {name: peak_bytes(function) for name, function in functions.items()}
+    launched = {name: _launches(function, device) for name, function in functions.items()}
     ceiling = ceilings(case, device)
     shared: dict = {
         "stem": case.stem,
@@ -45,11 +47,21 @@ def run(case: Case, device: torch.device, *, rounds: int, console: Console) -> l
     }
     lines = [
         {**shared, "provider": name, "seconds": t.median, "low": t.low, "high": t.high, "rounds": t.rounds,
-         "roofline_percent": roofline_percent(case, t.median, ceiling), "peak_bytes": peaks[name], "error": found[name]}
+         "roofline_percent": roofline_percent(case, t.median, ceiling), "peak_bytes": peaks[name],
+         "launches": launched[name], "error": found[name]}
         for name, t in timings.items()
     ]  # fmt: skip
     console.print(table(case, lines, ceiling))
     return lines
+
+
+def _launches(function: Callable[[], object], device: torch.device) -> int | None:
+    """Kernels a call starts on a GPU."""
+    if device.type != "cuda":
+        return None
+    from r1v2_fast.testing.launches import kernels_launched  # triton exists where a GPU does
+
+    return kernels_launched(function)
 
 
 def verified(case: Case, inputs, device: torch.device, console: Console) -> dict[str, float | None]:
@@ -77,7 +89,8 @@ def table(case: Case, lines: list[dict], ceiling: Ceilings) -> Table:
     shape = " ".join(f"{name}={size}" for name, size in case.shape.items())
     title = f"{case.stem}: {case.name}\n{shape} {case.dtype}; {described(ceiling)}"
     out = Table(title=title, title_justify="left", title_style="bold")
-    for heading in ("provider", "median", "spread", "against ours", "roofline", "peak", "error"):
+    on_gpu = ["launches"] if any(line["launches"] is not None for line in lines) else []
+    for heading in ("provider", "median", "spread", "against ours", "roofline", *on_gpu, "peak", "error"):
         out.add_column(heading, justify="left" if heading == "provider" else "right")
     ours = next(line["seconds"] for line in lines if line["provider"] == "ours")
     for line in lines:
@@ -87,6 +100,7 @@ def table(case: Case, lines: list[dict], ceiling: Ceilings) -> Table:
             f"{three(line['low'] * 1e3)} .. {three(line['high'] * 1e3)}",
             f"{line['seconds'] / ours:.2f} x",
             percent(line),
+            *([str(line["launches"])] if on_gpu else []),
             mebibytes(line),
             "floor" if line["error"] is None else f"{line['error']:.1e}",
         )

@@ -8,7 +8,7 @@ from r1v2_fast.ops import _policy_loss_autograd
 from r1v2_fast.ops._policy_loss_settings import KINDS
 from r1v2_fast.ops.policy_loss import policy_loss
 from r1v2_fast.testing.accuracy import assert_as_accurate
-from r1v2_fast.testing.launches import launches
+from r1v2_fast.testing.launches import kernels_launched, launches
 from r1v2_fast.testing.responses import EVERYTHING, SETTINGS, by_reference, op_arguments, responses
 
 BLOCK = 512  # the kernel's largest tile: a response longer than that is walked
@@ -78,6 +78,9 @@ def main(device):
         with launches() as seen:
             ours(there, kind, EVERYTHING)
         assert seen == ["policy_loss_kernel"], seen
+        if device == "cuda":  # and nothing else: no cast, no fill, no copy
+            arguments = {"kind": kind, "backend": "triton", **op_arguments(there, kind, EVERYTHING)}
+            assert kernels_launched(lambda given=arguments: policy_loss(there.logprobs, **given)) == 1
     first, again = (ours(there, "grpo", EVERYTHING)[0] for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     for dtype in (torch.bfloat16, torch.float16):
