@@ -10,28 +10,9 @@ from r1v2_fast.ops._policy_loss_autograd import _torch_op
 from r1v2_fast.ops._policy_loss_settings import KINDS, METRICS
 from r1v2_fast.ops.policy_loss import policy_loss
 from r1v2_fast.testing.accuracy import assert_as_accurate
-from r1v2_fast.testing.responses import EVERYTHING, SETTINGS, by_reference, op_arguments, responses
+from r1v2_fast.testing.responses import EVERYTHING, SETTINGS, by_reference, op_arguments, ours, plain, responses
 
 N = 12
-
-
-def ours(batch, kind, chosen, *, padded=False, **more):
-    """Loss, gradient in the log-probs and in the entropies, metrics."""
-    shape = batch.padded if padded else (lambda values: values)
-    logprobs, entropy = (shape(x).clone().requires_grad_() for x in (batch.logprobs, batch.entropy))
-    arguments = op_arguments(batch, kind, chosen, padded=padded)
-    if "entropy" in arguments:
-        arguments["entropy"] = entropy
-    out = policy_loss(logprobs, **{**arguments, **more})
-    grads = torch.autograd.grad(out.loss, (logprobs, entropy), allow_unused=True, materialize_grads=True)
-    return (out.loss.detach(), *grads), out.metrics
-
-
-def plain(batch, kind, chosen, dtype):
-    there = batch.to(dtype)
-    logprobs, entropy = (x.clone().requires_grad_() for x in (there.logprobs, there.entropy))
-    loss = by_reference(logprobs, entropy, there, kind, chosen)
-    return (loss.detach(), *torch.autograd.grad(loss, (logprobs, entropy), allow_unused=True, materialize_grads=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

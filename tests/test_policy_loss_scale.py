@@ -8,7 +8,7 @@ import torch
 from r1v2_fast.ops._policy_loss_settings import KINDS, ROLLOUT_MODES
 from r1v2_fast.ops.policy_loss import policy_loss
 from r1v2_fast.testing.accuracy import assert_as_accurate
-from r1v2_fast.testing.responses import SETTINGS, Responses, op_arguments, responses
+from r1v2_fast.testing.responses import SETTINGS, Responses, ours, responses
 
 LENGTHS = (3, 1, 5, 0, 4, 2)
 
@@ -21,24 +21,14 @@ def part(batch, first, last):
     return Responses(*(x[start:end] for x in tokens), *(x[first:last] for x in sequences), offsets)
 
 
-def gradients(batch, kind, chosen):
-    logprobs, entropy = (x.clone().requires_grad_() for x in (batch.logprobs, batch.entropy))
-    arguments = op_arguments(batch, kind, chosen)
-    if "entropy" in arguments:
-        arguments["entropy"] = entropy
-    loss = policy_loss(logprobs, **arguments).loss
-    grads = torch.autograd.grad(loss, (logprobs, entropy), allow_unused=True, materialize_grads=True)
-    return loss.detach(), *grads
-
-
 @pytest.mark.parametrize("splits", [(0, 1, 3, 6), (0, 5, 6), tuple(range(7))], ids=str)
 @pytest.mark.parametrize("name", ["plain", "per token", "sequence mask", "everything", "everything, per token"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_split_into_micro_batches_gives_the_same_loss_and_gradient(kind, name, splits):
     batch = responses(LENGTHS, seed=2)
     chosen = SETTINGS[name] | {"normalizer": 7.0, "entropy_normalizer": 9.0}
-    whole = gradients(batch, kind, chosen)
-    parts = [gradients(part(batch, a, b), kind, chosen) for a, b in itertools.pairwise(splits)]
+    whole = ours(batch, kind, chosen)[0]
+    parts = [ours(part(batch, a, b), kind, chosen)[0] for a, b in itertools.pairwise(splits)]
     assert_as_accurate(sum(found[0] for found in parts), whole[0], whole[0])
     for i in (1, 2):
         assert_as_accurate(torch.cat([found[i] for found in parts]), whole[i], whole[i])
@@ -47,8 +37,8 @@ def test_any_split_into_micro_batches_gives_the_same_loss_and_gradient(kind, nam
 def test_without_normalizers_a_split_is_another_loss():
     """The bug that the argument is there for: a mean of means weighs short micro-batches up."""
     batch = responses(LENGTHS, seed=2)
-    whole = gradients(batch, "dapo", {})
-    parts = [gradients(part(batch, a, b), "dapo", {}) for a, b in ((0, 2), (2, 6))]
+    whole = ours(batch, "dapo", {})[0]
+    parts = [ours(part(batch, a, b), "dapo", {})[0] for a, b in ((0, 2), (2, 6))]
     mean_of_means = torch.cat([found[1] for found in parts]) / 2
     assert (mean_of_means - whole[1]).abs().max() > 0.1 * whole[1].abs().max()
 

@@ -84,5 +84,7 @@ class _PolicyLoss(torch.autograd.Function):
         for place, values in enumerate((grad, entropy_grad)):
             if ctx.needs_input_grad[place]:
                 scale = grad_loss if ctx.divided[place] else grad_loss * scales[place]
-                found[place] = (values * scale).view(ctx.shape).to(ctx.dtypes[place])
+                # rounded to 16 bits behind the product, in its launch: loss scaling is there for what fp16 cannot hold
+                scaled = torch.mul(values, scale, out=values.new_empty(values.shape, dtype=ctx.dtypes[place]))
+                found[place] = scaled.view(ctx.shape)
         return *found, *(None,) * (len(ctx.needs_input_grad) - 2)

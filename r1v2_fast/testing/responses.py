@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from r1v2_fast.ops._policy_loss_settings import KINDS
+from r1v2_fast.ops.policy_loss import KINDS, policy_loss
 from r1v2_fast.reference import policy_loss as reference
 
 LENGTHS = (3, 0, 5, 4)
@@ -113,10 +113,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def possible(kind: str, settings: dict[str, Any]) -> bool:
-    return not (kind in ("gspo", "gmpo") and settings.get("ratio_level") == "token")
-
-
 def op_arguments(batch: Responses, kind: str, settings: dict[str, Any], *, padded: bool = False) -> dict[str, Any]:
     """Keyword arguments of ops.policy_loss besides its log-probs; their normalizer where packed input needs one."""
     options = dict(settings)
@@ -157,3 +153,31 @@ def by_reference(
     if "entropy" in given:
         options["entropy_N"] = entropy
     return reference.policy_loss(logprobs, options.pop("old_N"), advantages, offsets.tolist(), **options, **more)
+
+
+Answer = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # loss, its gradient in the log-probs, in the entropies
+
+
+def ours(
+    batch: Responses, kind: str, settings: dict[str, Any], *, padded: bool = False, backend: str = "auto"
+) -> tuple[Answer, dict[str, torch.Tensor]]:
+    """The op's answer and metrics."""
+    logprobs, entropy = ((batch.padded(x) if padded else x.clone()) for x in (batch.logprobs, batch.entropy))
+    leaves = logprobs.requires_grad_(), entropy.requires_grad_()
+    arguments = op_arguments(batch, kind, settings, padded=padded)
+    if "entropy" in arguments:
+        arguments["entropy"] = entropy
+    out = policy_loss(logprobs, **arguments, backend=backend)
+    return _answer(out.loss, leaves), out.metrics
+
+
+def plain(batch: Responses, kind: str, settings: dict[str, Any], dtype: torch.dtype) -> Answer:
+    """The reference's answer by autograd, computed in `dtype`."""
+    there = batch.to(dtype)
+    leaves = there.logprobs.clone().requires_grad_(), there.entropy.clone().requires_grad_()
+    return _answer(by_reference(*leaves, there, kind, settings), leaves)
+
+
+def _answer(loss: torch.Tensor, leaves: tuple[torch.Tensor, torch.Tensor]) -> Answer:
+    in_logprobs, in_entropy = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+    return loss.detach(), in_logprobs, in_entropy

@@ -9,33 +9,15 @@ from r1v2_fast.ops._policy_loss_settings import KINDS
 from r1v2_fast.ops.policy_loss import policy_loss
 from r1v2_fast.testing.accuracy import assert_as_accurate
 from r1v2_fast.testing.launches import kernels_launched, launches
-from r1v2_fast.testing.responses import EVERYTHING, SETTINGS, by_reference, op_arguments, responses
+from r1v2_fast.testing.responses import EVERYTHING, SETTINGS, op_arguments, ours, plain, responses
 
 BLOCK = 512  # the kernel's largest tile: a response longer than that is walked
-
-
-def ours(batch, kind, chosen, *, padded=False, backend="triton"):
-    shape = batch.padded if padded else (lambda values: values)
-    logprobs, entropy = (shape(x).clone().requires_grad_() for x in (batch.logprobs, batch.entropy))
-    arguments = op_arguments(batch, kind, chosen, padded=padded)
-    if "entropy" in arguments:
-        arguments["entropy"] = entropy
-    out = policy_loss(logprobs, **arguments, backend=backend)
-    grads = torch.autograd.grad(out.loss, (logprobs, entropy), allow_unused=True, materialize_grads=True)
-    return (out.loss.detach(), *grads), out.metrics
-
-
-def plain(batch, kind, chosen, dtype):
-    there = batch.to(dtype)
-    logprobs, entropy = (x.clone().requires_grad_() for x in (there.logprobs, there.entropy))
-    loss = by_reference(logprobs, entropy, there, kind, chosen)
-    return (loss.detach(), *torch.autograd.grad(loss, (logprobs, entropy), allow_unused=True, materialize_grads=True))
 
 
 def compare(batch, kind, chosen, device):
     """Loss and gradients by the relative rule, metrics with the torch backend's, packed and padded to the bit."""
     there = batch.to(torch.device(device))
-    found, metrics = ours(there, kind, chosen)
+    found, metrics = ours(there, kind, chosen, backend="triton")
     same, truth = (plain(batch, kind, chosen, to) for to in (torch.float32, torch.float64))
     for value, own, exact in zip(found, same, truth, strict=True):
         assert_as_accurate(value.cpu(), own, exact, f"{kind} {chosen}")
@@ -44,7 +26,7 @@ def compare(batch, kind, chosen, device):
     for name, value in metrics.items():
         exact = known[name].double()
         assert_as_accurate(value.cpu(), exact.float(), exact, name)
-    wide, wide_metrics = ours(there, kind, chosen, padded=True)
+    wide, wide_metrics = ours(there, kind, chosen, padded=True, backend="triton")
     if kind == "dr_grpo" and "normalizer" not in chosen:
         return  # the padded length is the divisor
     assert torch.equal(found[0], wide[0])
@@ -70,34 +52,36 @@ def main(device):
     broken = responses((3, 2)).to(torch.float32).to(torch.device(device))
     broken.logprobs[1], broken.token_advantages[:] = torch.nan, 1.0
     for kind in KINDS:
-        (loss, grad, _), _ = ours(broken, kind, {"per_token": True, "normalizer": 2.0})
+        (loss, grad, _), _ = ours(broken, kind, {"per_token": True, "normalizer": 2.0}, backend="triton")
         assert loss.isnan() and grad.isnan().any(), kind
 
     there = responses(seed=7).to(torch.float32).to(torch.device(device))
     for kind in KINDS:
         with launches() as seen:
-            ours(there, kind, EVERYTHING)
+            ours(there, kind, EVERYTHING, backend="triton")
         assert seen == ["policy_loss_kernel"], seen
         if device == "cuda":  # and nothing else: no cast, no fill, no copy
             arguments = {"kind": kind, "backend": "triton", **op_arguments(there, kind, EVERYTHING)}
             assert kernels_launched(lambda given=arguments: policy_loss(there.logprobs, **given)) == 1
-    first, again = (ours(there, "grpo", EVERYTHING)[0] for _ in range(2))
+    first, again = (ours(there, "grpo", EVERYTHING, backend="triton")[0] for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     for dtype in (torch.bfloat16, torch.float16):
         half = there.to(dtype)
-        (loss, grad, _), _ = ours(half, "grpo", EVERYTHING)
-        (wide, *_), _ = ours(half.to(torch.float32), "grpo", EVERYTHING)
+        (loss, grad, _), _ = ours(half, "grpo", EVERYTHING, backend="triton")
+        (wide, *_), _ = ours(half.to(torch.float32), "grpo", EVERYTHING, backend="triton")
         assert torch.equal(loss, wide) and grad.dtype == dtype
     empty = torch.zeros(0, device=device, requires_grad=True)
     zero = torch.zeros(1, dtype=torch.int64, device=device)
     policy_loss(empty, empty.detach(), empty.detach(), offsets=zero, backend="triton").loss.backward()
     normalizer = torch.tensor(5.0, device=device)
-    number, tensor = (ours(there, "grpo", {**EVERYTHING, "normalizer": n})[0] for n in (5.0, normalizer))
+    number, tensor = (
+        ours(there, "grpo", {**EVERYTHING, "normalizer": n}, backend="triton")[0] for n in (5.0, normalizer)
+    )
     assert all(torch.equal(a, b) for a, b in zip(number, tensor, strict=True))
 
     called, op = [], _policy_loss_autograd._triton_op
     _policy_loss_autograd._triton_op = lambda *inputs: called.append(inputs) or op(*inputs)
-    ours(there, "grpo", EVERYTHING)
+    ours(there, "grpo", EVERYTHING, backend="triton")
     torch.library.opcheck(op, [x.detach() if isinstance(x, torch.Tensor) else x for x in called[0]])
     print(f"{checked} settings as accurate as PyTorch's fp32")
 
