@@ -54,14 +54,27 @@ def test_padded_and_packed_give_the_same_bits_and_padding_may_hold_anything(kind
         assert torch.equal(metrics[metric], wide_metrics[metric]), metric
 
 
-def test_a_mask_may_have_holes():
-    batch = responses((2, 3), seed=1).to(torch.float32)
-    mask = torch.tensor([[True, False, True, False], [False, True, True, True]])
-    spread = lambda x: x.new_full((2, 4), torch.nan).masked_scatter(mask, x)  # noqa: E731
-    packed = policy_loss(batch.logprobs, batch.old_logprobs, batch.advantages, offsets=batch.offsets, kind="gspo")
-    wide = policy_loss(spread(batch.logprobs), spread(batch.old_logprobs), batch.advantages, mask=mask, kind="gspo")
-    assert packed.loss == wide.loss
-    assert packed.metrics == wide.metrics
+@settings(deadline=None, max_examples=60)
+@given(
+    rows=st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=5),
+    kind=st.sampled_from(list(KINDS)),
+    seed=st.integers(0, 99),
+)
+def test_any_mask_gives_the_bits_of_its_tokens_packed(rows, kind, seed):
+    mask = torch.tensor(rows)
+    batch = responses(tuple(mask.sum(1).tolist()), seed=seed).to(torch.float32)
+    options = {"kind": kind, "normalizer": 3.0}
+
+    def spread(values):
+        return values.new_full(mask.shape, torch.nan).masked_scatter(mask, values)
+
+    packed, wide = batch.logprobs.clone().requires_grad_(), spread(batch.logprobs).requires_grad_()
+    a = policy_loss(packed, batch.old_logprobs, batch.advantages, offsets=batch.offsets, **options)
+    b = policy_loss(wide, spread(batch.old_logprobs), batch.advantages, mask=mask, **options)
+    a.loss.backward()
+    b.loss.backward()
+    assert torch.equal(a.loss, b.loss) and a.metrics == b.metrics
+    assert torch.equal(packed.grad, wide.grad[mask]) and (wide.grad[~mask] == 0).all()
 
 
 def test_tokens_of_no_sequence_are_left_alone():
