@@ -1,41 +1,199 @@
-"""Group-relative advantages in one launch: a program takes P groups, M members at a time.
+"""Group-relative advantages in one launch, or two where the batch's moments are needed (scale="batch", GDPO).
 
-N rewards, R components, G groups in CSR form. Two passes for the moments, so that equal rewards give exactly zero.
+N rewards, R components, G groups: of one SIZE, or in CSR form with SIZE = 0. A program takes P groups, M members each, in
+one read; a group longer than M takes the whole program, WIDE members at a time, in two. NaN in an advantage stands for a
+reward that has none (unscorable, or among equals) until the last write makes it 0.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from . import _group_advantage_batch as second
+from ._group_advantage_moments import divisor, extend, extent, merge, nothing, pool, root, statistics_of
+
+WIDE = 1024  # rewards that a program holds at once: eight a thread
+RAGGED = 512  # of groups in CSR form: their bounds and moments take as many registers again
+OPTIONS = {"maxnreg": 255}  # else ptxas spills around division's slow path for the sake of occupancy
+
 
 @triton.jit
-def _total(rewards, weights, index, here, R: tl.constexpr):
-    """Weighted sum of the components that are not NaN, and whether there is one."""
-    total = tl.zeros(index.shape, tl.float32)
-    live = index < 0
-    for k in tl.static_range(R):
-        value = tl.load(rewards + index * R + k, mask=here, other=float("nan"))
-        present = value == value
-        total += tl.where(present, value * tl.load(weights + k), 0.0)
-        live = live | present
-    return total, live
+def _bounds(offsets, group, N, groups, SIZE: tl.constexpr):
+    """Where groups start and end, inside [0, N], and 0.0, or NaN where the offsets are wrong."""
+    exists = group < groups
+    if SIZE > 0:
+        start = group * SIZE
+        end = tl.where(exists, start + SIZE, start)
+        wrong = group < 0
+    else:
+        start = tl.load(offsets + group, mask=exists, other=0).to(tl.int64)
+        end = tl.load(offsets + group + 1, mask=exists, other=0).to(tl.int64)
+        first, last = group == 0, group == groups - 1
+        wrong = (start < 0) | (end > N) | (end < start) | (first & (start != 0)) | (last & (end != N))
+        start = tl.where(first, 0, tl.minimum(tl.maximum(start, 0), N))
+        end = tl.where(last, N, tl.minimum(tl.maximum(end, 0), N))
+    return start, end, tl.where(wrong, float("nan"), 0.0)
+
+
+@triton.jit
+def _plus(sum_so_far, part, weights, k, HAS_WEIGHTS: tl.constexpr):
+    """NaN is skipped; the sum of nothing else is NaN."""
+    if HAS_WEIGHTS:
+        part *= tl.load(weights + k).to(tl.float32)
+    one, other = sum_so_far == sum_so_far, part == part
+    both = tl.where(one, sum_so_far, 0.0) + tl.where(other, part, 0.0)
+    return tl.where(one | other, both, float("nan"))
+
+
+@triton.jit
+def _component(rewards, index, here, k, row_stride, column_stride):
+    value = tl.load(rewards + index * row_stride + k * column_stride, mask=here, other=float("nan")).to(tl.float32)
+    return tl.where(tl.abs(value) < float("inf"), value, float("nan"))
+
+
+@triton.jit
+def _read(
+    rewards, weights, index, here, k: tl.constexpr, row_stride, column_stride, R: tl.constexpr, HAS_WEIGHTS: tl.constexpr
+):  # fmt: skip
+    """Component k of the rewards, or with k = R their weighted sum; NaN where it is not finite."""
+    if k < R:
+        value = _component(rewards, index, here, k, row_stride, column_stride)
+    else:
+        value = tl.full(index.shape, float("nan"), tl.float32)
+        for c in tl.static_range(R):
+            part = _component(rewards, index, here, c, row_stride, column_stride)
+            value = _plus(value, part, weights, c, HAS_WEIGHTS)
+        value = tl.where(tl.abs(value) < float("inf"), value, float("nan"))
+    return value
+
+
+@triton.jit
+def _walk(
+    rewards, weights, index, end, k: tl.constexpr, row_stride, column_stride,
+    R: tl.constexpr, HAS_WEIGHTS: tl.constexpr, P: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """Statistics of what `_read` gives, from `index` to `end`, M members at a time."""
+    statistics = nothing(P)
+    for first in range(0, tl.max(end - tl.min(index, 1), 0), M):
+        here = index + first < end[:, None]
+        value = _read(rewards, weights, index + first, here, k, row_stride, column_stride, R, HAS_WEIGHTS)
+        statistics = extend(statistics, value)
+    return statistics
+
+
+@triton.jit
+def _centre(statistics, eps, CORRECTION: tl.constexpr, CLAMP: tl.constexpr, RAW_SINGLETON: tl.constexpr):
+    """Count, pivot, mean less the pivot, std; and the divisor of deviations, NaN where equals leave nothing to learn."""
+    count, pivot, shift, square, high, low = statistics
+    std = root(square, count, CORRECTION)
+    equal = high == low
+    if RAW_SINGLETON:
+        alone = count == 1.0
+        equal = equal & (alone == 0)
+        pivot, shift, std = tl.where(alone, 0.0, pivot), tl.where(alone, 0.0, shift), tl.where(alone, 1.0, std)
+    return count, pivot, shift, std, tl.where(equal, float("nan"), divisor(std, eps, CLAMP))
+
+
+@triton.jit
+def _normalised(value, centre, LEAVE_ONE_OUT: tl.constexpr, DIVIDE: tl.constexpr):
+    count, pivot, shift, _, spread = centre
+    advantage = (value - pivot[:, None]) - shift[:, None]
+    if LEAVE_ONE_OUT:
+        advantage *= tl.div_rn(count, tl.maximum(count - 1.0, 1.0))[:, None]
+    if DIVIDE:
+        advantage = tl.div_rn(advantage, spread[:, None])
+    else:
+        advantage *= tl.where(spread == spread, 1.0, spread)[:, None]
+    return advantage
+
+
+@triton.jit
+def _groups(
+    batch, group, wanted, rewards, offsets, weights, deciding, advantages, means, stds, informative, N, groups,
+    row_stride, column_stride, deciding_stride, eps, tol, R: tl.constexpr, SIZE: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
+    HAS_DECIDING: tl.constexpr, GDPO: tl.constexpr, BATCH: tl.constexpr, LEAVE_ONE_OUT: tl.constexpr,
+    DIVIDE: tl.constexpr, CORRECTION: tl.constexpr, CLAMP: tl.constexpr, RAW_SINGLETON: tl.constexpr,
+    ZERO_UNINFORMATIVE: tl.constexpr, P: tl.constexpr, M: tl.constexpr, HELD: tl.constexpr,
+):  # fmt: skip
+    """The wanted of P groups, M members at a time (HELD: M are all). Returns the batch's moments with theirs added."""
+    start, end, poison = _bounds(offsets, group, N, groups, SIZE)
+    end = tl.where(wanted, end, start)
+    index = start[:, None] + tl.arange(0, M)[None, :]
+    longest = M if HELD else tl.max(end - start, 0)
+    centres = ()
+    for k in tl.static_range(0 if GDPO else R, R + 1):  # the last, which `value` and `statistics` stay, is the totals
+        if HELD:
+            value = _read(rewards, weights, index, index < end[:, None], k, row_stride, column_stride, R, HAS_WEIGHTS)
+            statistics = statistics_of(value)
+        else:
+            statistics = _walk(rewards, weights, index, end, k, row_stride, column_stride, R, HAS_WEIGHTS, P, M)
+        centre = _centre(statistics, eps, CORRECTION, CLAMP, RAW_SINGLETON)
+        centres = centres + (centre,)  # type: ignore[assignment]  # noqa: RUF005  (Triton does not unpack)
+    high, low = statistics[4], statistics[5]
+    if HAS_DECIDING:
+        high, low = tl.full([P], -float("inf"), tl.float32), tl.full([P], float("inf"), tl.float32)
+        for first in range(0, longest, M):
+            here = index + first < end[:, None]
+            other = tl.load(deciding + (index + first) * deciding_stride, mask=here, other=float("nan")).to(tl.float32)
+            more_high, more_low = extent(other)
+            high, low = tl.maximum(high, more_high), tl.minimum(low, more_low)
+    decided = high - low > tol
+    _, pivot, shift, std, _ = centre
+    tl.store(means + group, pivot + shift + poison, mask=wanted)
+    tl.store(stds + group, std + poison, mask=wanted)
+    tl.store(informative + group, decided, mask=wanted)
+
+    summed = nothing(P)
+    for first in range(0, longest, M):
+        here = index + first < end[:, None]
+        if not HELD:
+            value = _read(rewards, weights, index + first, here, R, row_stride, column_stride, R, HAS_WEIGHTS)
+        if GDPO:
+            advantage = tl.full(value.shape, float("nan"), tl.float32)
+            for k in tl.static_range(R):
+                part = _component(rewards, index + first, here, k, row_stride, column_stride)
+                part = _normalised(part, centres[k], LEAVE_ONE_OUT, DIVIDE)
+                advantage = _plus(advantage, part, weights, k, HAS_WEIGHTS)
+            advantage = tl.where(value == value, advantage, float("nan"))
+            summed = extend(summed, tl.where((value == value) & (advantage != advantage), 0.0, advantage))
+        else:
+            advantage = _normalised(value, centre, LEAVE_ONE_OUT, DIVIDE)
+        if ZERO_UNINFORMATIVE:
+            advantage = tl.where(decided[:, None], advantage, float("nan"))
+        if not BATCH:
+            advantage = tl.where(advantage == advantage, advantage, 0.0) + poison[:, None]
+        tl.store(advantages + index + first, advantage, mask=here)
+    if BATCH:
+        count, pivot, shift, square, _, _ = summed if GDPO else statistics
+        more = pool(count, pivot + shift, square + poison)
+        batch = merge(batch[0], batch[1], batch[2], more[0], more[1], more[2])
+    return batch
 
 
 @triton.jit
 def group_advantage_kernel(
-    rewards,  # [N, R] fp32
-    offsets,  # [G + 1] int64
-    weights,  # [R] fp32
-    deciding,  # [N] fp32, or unused
+    rewards,  # [N, R] fp32, bf16 or fp16, by strides
+    offsets,  # [G + 1] int32 or int64, or unused
+    weights,  # [R], or unused
+    deciding,  # [N], or unused
     advantages,  # [N] fp32
     means,  # [G] fp32
     stds,  # [G] fp32
     informative,  # [G] bool
+    partials,  # [3, programs] fp64: count, mean and squares of what each program adds to the batch; or unused
+    N,
     groups,
+    row_stride,
+    column_stride,
+    deciding_stride,
     eps,
     tol,
     R: tl.constexpr,
+    SIZE: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
     HAS_DECIDING: tl.constexpr,
+    GDPO: tl.constexpr,
+    BATCH: tl.constexpr,
     LEAVE_ONE_OUT: tl.constexpr,
     DIVIDE: tl.constexpr,
     CORRECTION: tl.constexpr,
@@ -44,85 +202,56 @@ def group_advantage_kernel(
     ZERO_UNINFORMATIVE: tl.constexpr,
     P: tl.constexpr,
     M: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
-    group = tl.program_id(0).to(tl.int64) * P + tl.arange(0, P)
-    exists = group < groups
-    start = tl.load(offsets + group, mask=exists, other=0)
-    end = tl.load(offsets + group + 1, mask=exists, other=0)
-    longest = tl.max(end - start, 0)
-    member = tl.arange(0, M)[None, :]
-    infinity = float("inf")
-
-    count, total = tl.zeros([P], tl.float32), tl.zeros([P], tl.float32)
-    high, low = tl.full([P], -infinity, tl.float32), tl.full([P], infinity, tl.float32)
-    high_d, low_d = high, low
-    for first in range(0, longest, M):
-        index = start[:, None] + first + member
-        here = index < end[:, None]
-        value, live = _total(rewards, weights, index, here, R)
-        count += tl.sum(live.to(tl.float32), 1)
-        total += tl.sum(tl.where(live, value, 0.0), 1)
-        high = tl.maximum(high, tl.max(tl.where(live, value, -infinity), 1))
-        low = tl.minimum(low, tl.min(tl.where(live, value, infinity), 1))
-        if HAS_DECIDING:
-            value = tl.load(deciding + index, mask=here, other=infinity)
-            live = here
-        finite = live & (tl.abs(value) < infinity)
-        high_d = tl.maximum(high_d, tl.max(tl.where(finite, value, -infinity), 1))
-        low_d = tl.minimum(low_d, tl.min(tl.where(finite, value, infinity), 1))
-
-    flat = high == low
-    mean = tl.where(flat, high, total / tl.maximum(count, 1.0))
-    alone = flat & False
-    if RAW_SINGLETON:
-        alone = count == 1.0
-        mean = tl.where(alone, 0.0, mean)
-
-    square = tl.zeros([P], tl.float32)
-    for first in range(0, longest, M):
-        index = start[:, None] + first + member
-        value, live = _total(rewards, weights, index, index < end[:, None], R)
-        deviation = tl.where(live, value - mean[:, None], 0.0)
-        square += tl.sum(deviation * deviation, 1)
-    std = tl.sqrt_rn(square / tl.maximum(count - CORRECTION, 1.0))
-    std = tl.where(flat | (count <= CORRECTION), 0.0, std)
-    std = tl.where(alone, 1.0, std)
-    decided = (high_d - low_d) > tol
-    tl.store(means + group, tl.where(count > 0, mean, 0.0), mask=exists)
-    tl.store(stds + group, std, mask=exists)
-    tl.store(informative + group, decided, mask=exists)
-
-    silent = flat & (alone == 0)
-    if ZERO_UNINFORMATIVE:
-        silent = silent | (decided == 0)
-    for first in range(0, longest, M):
-        index = start[:, None] + first + member
-        here = index < end[:, None]
-        value, live = _total(rewards, weights, index, here, R)
-        deviation = value - mean[:, None]
-        if LEAVE_ONE_OUT:
-            deviation *= (count / tl.maximum(count - 1.0, 1.0))[:, None]
-        if DIVIDE:
-            divisor = tl.maximum(std, eps) if CLAMP else std + eps
-            deviation = deviation / divisor[:, None]
-        kept = live & (silent == 0)[:, None]
-        tl.store(advantages + index, tl.where(kept, deviation, 0.0), mask=here)
+    zero = tl.full((), 0.0, tl.float64)
+    batch = (zero, zero, zero)
+    rank = tl.arange(0, P)
+    for tile in range(tl.program_id(0), tl.cdiv(groups, P), tl.num_programs(0)):
+        group = rank.to(tl.int64) + tile * P
+        start, end, _ = _bounds(offsets, group, N, groups, SIZE)
+        long = end - start > M
+        if SIZE <= M:
+            wanted = (group < groups) & (long == 0)
+            batch = _groups(
+                batch, group, wanted, rewards, offsets, weights, deciding, advantages, means, stds, informative, N, groups,
+                row_stride, column_stride, deciding_stride, eps, tol, R, SIZE, HAS_WEIGHTS, HAS_DECIDING, GDPO, BATCH,
+                LEAVE_ONE_OUT, DIVIDE, CORRECTION, CLAMP, RAW_SINGLETON, ZERO_UNINFORMATIVE, P, M, True,
+            )  # fmt: skip
+        if SIZE == 0 or SIZE > M:
+            following = tl.min(tl.where(long, rank, P), 0)
+            while following < P:
+                one = tl.arange(0, 1).to(tl.int64) + tile * P + following
+                batch = _groups(
+                    batch, one, one < groups, rewards, offsets, weights, deciding, advantages, means, stds, informative, N,
+                    groups, row_stride, column_stride, deciding_stride, eps, tol, R, SIZE, HAS_WEIGHTS, HAS_DECIDING, GDPO,
+                    BATCH, LEAVE_ONE_OUT, DIVIDE, CORRECTION, CLAMP, RAW_SINGLETON, ZERO_UNINFORMATIVE, 1, WIDE, False,
+                )  # fmt: skip
+                following = tl.min(tl.where(long & (rank > following), rank, P), 0)
+    if BATCH:
+        mine = partials + tl.program_id(0)
+        tl.store(mine, batch[0])
+        tl.store(mine + tl.num_programs(0), batch[1])
+        tl.store(mine + 2 * tl.num_programs(0), batch[2])
 
 
-def tile(count: int, groups: int) -> tuple[int, int]:
-    """(P groups, M members) of a program: 512 rewards, shaped like the average group."""
-    members = min(max(triton.next_power_of_2(triton.cdiv(count, max(groups, 1))), 4), 512)
-    return 512 // members, members
+def tile(size: int, average: int) -> tuple[int, int]:
+    """(P groups, M members) that a program holds: of one size exactly; of none (0), room for twice the average."""
+    room = WIDE if size else RAGGED
+    members = min(triton.next_power_of_2(size or max(2 * average, 1)), room)
+    return room // members, members
 
 
 def launch(
-    rewards_NR: torch.Tensor,  # fp32, contiguous
-    offsets: torch.Tensor,  # int64 [G + 1]
-    weights: torch.Tensor,  # fp32 [R]
-    deciding: torch.Tensor | None,  # fp32 [N]
+    rewards_NR: torch.Tensor,  # fp32, bf16 or fp16
+    offsets: torch.Tensor | None,  # int32 or int64 [G + 1], contiguous
+    size: int,  # of every group where offsets is None
+    weights: torch.Tensor | None,  # [R], contiguous
+    deciding: torch.Tensor | None,  # [N]
     *,
+    gdpo: bool,
     leave_one_out: bool,
-    divide: bool,
+    scale: str,
     correction: int,
     eps: float,
     clamp: bool,
@@ -131,33 +260,52 @@ def launch(
     zero_uninformative: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Advantages [N], mean, std, informative [G]."""
-    (count, components), groups = rewards_NR.shape, len(offsets) - 1
-    advantages = rewards_NR.new_empty(count)
-    means, stds = rewards_NR.new_empty(groups), rewards_NR.new_empty(groups)
+    N, R = rewards_NR.shape
+    groups = N // size if offsets is None else len(offsets) - 1
+    advantages, means, stds = (rewards_NR.new_empty(n, dtype=torch.float32) for n in (N, groups, groups))
     informative = rewards_NR.new_empty(groups, dtype=torch.bool)
-    if groups:
-        P, M = tile(count, groups)
-        group_advantage_kernel[(triton.cdiv(groups, P),)](
-            rewards_NR,
-            offsets,
-            weights,
-            rewards_NR if deciding is None else deciding,
-            advantages,
-            means,
-            stds,
-            informative,
-            groups,
-            eps,
-            tol,
-            R=components,
-            HAS_DECIDING=deciding is not None,
-            LEAVE_ONE_OUT=leave_one_out,
-            DIVIDE=divide,
-            CORRECTION=correction,
-            CLAMP=clamp,
-            RAW_SINGLETON=raw_singleton,
-            ZERO_UNINFORMATIVE=zero_uninformative,
-            P=P,
-            M=M,
-        )
+    if not groups:
+        return advantages, means, stds, informative
+    size = size if offsets is None else 0
+    P, M = tile(size, triton.cdiv(N, groups))
+    batch = gdpo or scale == "batch"
+    programs = triton.cdiv(groups, P)
+    if batch:
+        programs = min(programs, second.PARTIALS)
+    partials = advantages.new_empty(3, programs, dtype=torch.float64) if batch else advantages
+    group_advantage_kernel[(programs,)](
+        rewards_NR,
+        rewards_NR if offsets is None else offsets,
+        rewards_NR if weights is None else weights,
+        rewards_NR if deciding is None else deciding,
+        advantages,
+        means,
+        stds,
+        informative,
+        partials,
+        N,
+        groups,
+        *rewards_NR.stride(),
+        1 if deciding is None else deciding.stride(0),
+        eps,
+        tol,
+        R=R,
+        SIZE=size,
+        HAS_WEIGHTS=weights is not None,
+        HAS_DECIDING=deciding is not None,
+        GDPO=gdpo,
+        BATCH=batch,
+        LEAVE_ONE_OUT=leave_one_out,
+        DIVIDE=scale == "group",
+        CORRECTION=correction,
+        CLAMP=clamp,
+        RAW_SINGLETON=raw_singleton,
+        ZERO_UNINFORMATIVE=zero_uninformative,
+        P=P,
+        M=M,
+        WIDE=WIDE,
+        **OPTIONS,
+    )
+    if batch and N:
+        second.launch(advantages, partials, eps, whiten=gdpo, correction=correction, clamp=clamp)
     return advantages, means, stds, informative

@@ -14,6 +14,8 @@ from r1v2_fast.reference import group_advantage as reference
 from r1v2_fast.testing.accuracy import assert_as_accurate
 
 OFFSETS = torch.tensor([0, 3, 3, 4, 9, 14])
+NO_VALUE = [torch.nan, torch.inf, -torch.inf]
+FLAGS = ("baseline", "correction", "eps_mode", "singleton")
 
 
 def rewards(components, dtype):
@@ -21,39 +23,90 @@ def rewards(components, dtype):
     values = torch.randint(0, 3, (14, components), generator=g).to(dtype)
     values[4:9] = 1.7
     values[10, 0] = torch.nan
+    values[11, -1] = torch.inf
     values[2] = torch.nan
     return values
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def compare(values, offsets, groups=None, **options):
+    """By the relative rule; informative groups and those without a spread as the reference has them."""
+    ours = group_advantages(values, torch.tensor(offsets) if groups is None else groups, **options)
+    truth = reference.group_advantages(values, offsets, **options)
+    for value, exact in zip(ours[:3], truth[:3], strict=True):
+        assert value.dtype == torch.promote_types(values.dtype, torch.float32)
+        assert_as_accurate(value, exact.to(value.dtype), exact, f"{options}")
+    assert torch.equal(ours.informative, truth[3])
+    equal = (truth[2] == 0).repeat_interleave(torch.tensor(offsets).diff())
+    assert options.get("aggregate") == "gdpo" or (ours.advantages[equal] == 0).all()
+    return ours.advantages
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("components", [1, 3])
 @pytest.mark.parametrize("aggregate", CHOICES["aggregate"])
 @pytest.mark.parametrize("scale", CHOICES["scale"])
 def test_every_mode_follows_the_reference(dtype, components, aggregate, scale):
     values = rewards(components, dtype)
-    weights = torch.linspace(0.5, 1.5, components, dtype=dtype)
-    names = ("baseline", "correction", "eps_mode", "singleton")
-    for choice in itertools.product(*(CHOICES[name] for name in names), (False, True)):
-        options = dict(zip((*names, "zero_uninformative"), choice, strict=True))
-        options |= {"aggregate": aggregate, "scale": scale, "component_weights": weights}
-        ours = group_advantages(values, OFFSETS, **options)
-        truth = reference.group_advantages(values, OFFSETS.tolist(), **options)
-        for value, exact in zip(ours[:3], truth[:3], strict=True):
-            assert_as_accurate(value, exact.to(dtype), exact)
-        assert torch.equal(ours.informative, truth[3])
+    given_weights = torch.linspace(0.5, 1.5, components, dtype=dtype)
+    for choice in itertools.product(*(CHOICES[name] for name in FLAGS), (False, True), (None, given_weights)):
+        options = dict(zip((*FLAGS, "zero_uninformative", "component_weights"), choice, strict=True))
+        compare(values, OFFSETS.tolist(), aggregate=aggregate, scale=scale, **options)
 
 
-def test_equal_rewards_give_exactly_zero_whatever_eps_is():
-    out = group_advantages(torch.full((7,), 1.7), torch.tensor([0, 3, 7]), eps=0.0)
-    assert torch.equal(out.advantages, torch.zeros(7))
-    assert not out.informative.any()
+@pytest.mark.parametrize(
+    "size", [1, 2, 3, 8, 37, 64, 1500]
+)  # alone, padded and unpadded in a kernel, longer than a program
+@pytest.mark.parametrize("options", [{}, {"scale": "batch"}, {"aggregate": "gdpo"}], ids=str)
+def test_a_uniform_size_is_offsets_of_equal_steps(size, options):
+    values = torch.randn(4 * size, 2, generator=torch.Generator().manual_seed(size))
+    offsets = list(range(0, 4 * size + 1, size))
+    uniform, ragged = compare(values, offsets, size, **options), compare(values, offsets, **options)
+    assert_as_accurate(uniform, ragged, compare(values.double(), offsets, **options))
 
 
-def test_a_nan_reward_leaves_its_group_alone():
-    clean = group_advantages(torch.tensor([1.0, 0.0, 0.0]), 3).advantages
-    out = group_advantages(torch.tensor([1.0, torch.nan, 0.0, 0.0]), 4).advantages
-    assert torch.equal(out[[0, 2, 3]], clean)
-    assert out[1] == 0
+def test_one_huge_group_among_tiny_ones_follows_the_reference():
+    offsets = [0, 1, 2, 5, 100_005, 100_005, *range(100_010, 100_100, 3)]
+    values = torch.randn(offsets[-1], generator=torch.Generator().manual_seed(0)) + 1e3
+    for scale in CHOICES["scale"]:
+        compare(values, offsets, scale=scale)
+
+
+@pytest.mark.parametrize("factor", [1e-12, 1.0, 1e30])
+def test_a_tiny_spread_at_a_large_offset_and_huge_rewards_keep_their_digits(factor):
+    values = (1e6 + 0.0625 * torch.arange(14.0)) * factor
+    for options in ({}, {"eps": 0.0}, {"scale": "batch"}, {"aggregate": "gdpo"}, {"informative_tol": 0.2 * factor}):
+        compare(values, OFFSETS.tolist(), **options)
+
+
+@pytest.mark.parametrize("aggregate", CHOICES["aggregate"])
+def test_equal_rewards_give_exactly_zero_whatever_eps_is(aggregate):
+    values = torch.cat([torch.full((7,), 1.7), torch.tensor([1.0, 0.0, 5.0])])
+    out = group_advantages(values, torch.tensor([0, 3, 7, 10]), eps=0.0, aggregate=aggregate, singleton="raw")
+    assert torch.equal(out.advantages[:7], torch.zeros(7)) and (out.advantages[7:] != 0).all()
+    assert torch.equal(out.mean[:2], torch.tensor([1.7, 1.7])) and torch.equal(out.std[:2], torch.zeros(2))
+    assert out.informative.tolist() == [False, False, True]
+
+
+def test_what_would_divide_by_zero_is_zero():
+    out = group_advantages(torch.full((3,), 1.7), 1, singleton="raw", scale="batch", eps=0.0)
+    assert torch.equal(out.advantages, torch.zeros(3))
+
+
+@pytest.mark.parametrize("no_value", NO_VALUE, ids=str)
+@pytest.mark.parametrize("options", [{}, {"scale": "none"}, {"scale": "batch"}, {"aggregate": "gdpo"}], ids=str)
+def test_a_reward_that_is_no_number_reaches_nobody_and_gets_zero(no_value, options):
+    """TRL 1.16: an inf gives its whole group 0, under scale_rewards="none" -3.4e38; verl 0.9.1: NaN."""
+    clean = group_advantages(torch.tensor([1.0, 0.0, 0.0, 3.0, 1.0]), torch.tensor([0, 3, 5]), **options).advantages
+    out = group_advantages(torch.tensor([1.0, no_value, 0.0, 0.0, 3.0, 1.0]), torch.tensor([0, 4, 6]), **options)
+    assert torch.equal(out.advantages[[0, 2, 3, 4, 5]], clean)
+    assert out.advantages[1] == 0 and out.informative.all()
+
+
+@pytest.mark.parametrize("no_value", NO_VALUE, ids=str)
+def test_a_component_that_is_no_number_is_skipped(no_value):
+    values = torch.tensor([[1.0, 2.0], [no_value, 3.0], [0.0, 1.0]])
+    assert torch.equal(group_advantages(values, 3).mean, torch.tensor([7 / 3]))
+    assert all((part == 0).all() for part in group_advantages(torch.full((4, 2), no_value), 2, aggregate="gdpo"))
 
 
 def test_uninformative_groups_are_decided_by_the_values_that_are_given():
@@ -62,29 +115,53 @@ def test_uninformative_groups_are_decided_by_the_values_that_are_given():
     assert out.informative.tolist() == [False, True]
     assert torch.equal(out.advantages[:2], torch.zeros(2))
     assert (out.advantages[2:] != 0).all()
+    assert group_advantages(values, 2, informative_from=values[:, 1], informative_tol=0.5).informative.tolist() == [
+        False,
+        False,
+    ]
 
 
 def test_advantages_carry_no_gradient():
     assert not group_advantages(torch.randn(4, requires_grad=True), 2).advantages.requires_grad
 
 
+@pytest.mark.parametrize("options", [{}, {"scale": "batch"}, {"aggregate": "gdpo"}], ids=str)
+def test_nothing_comes_of_nothing(options):
+    for groups, count in ((3, 0), (torch.tensor([0]), 0), (torch.tensor([0, 0, 0]), 2)):
+        out = group_advantages(torch.zeros(0, 2), groups, **options)
+        assert [len(part) for part in out] == [0, count, count, count] and not any(part.any() for part in out)
+
+
 def test_opcheck_accepts_it_and_it_compiles_into_one_graph():
     values = rewards(3, torch.float32)
     arguments = (torch.ones(3), None, "gdpo", "mean", "group", 1, 1e-4, "add", "zero", 0.0, True)
-    torch.library.opcheck(_torch_op, (values, OFFSETS, *arguments))
-    torch.library.opcheck(_torch_op, (values.T.contiguous().T, OFFSETS, *arguments))
-    compiled = torch.compile(lambda r: group_advantages(r, 7).advantages, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(values), group_advantages(values, 7).advantages)
+    torch.library.opcheck(_torch_op, (values, OFFSETS, 0, *arguments))
+    torch.library.opcheck(_torch_op, (values.T.contiguous().T.bfloat16(), None, 7, *arguments))
+    for groups in (7, OFFSETS):
+        compiled = torch.compile(
+            lambda r, groups=groups: group_advantages(r, groups), fullgraph=True, backend="aot_eager"
+        )
+        assert all(map(torch.equal, compiled(values), group_advantages(values, groups)))
+
+
+def test_wrong_offsets_that_nobody_looked_at_give_nan():
+    wrong = torch.compile(lambda r, o: group_advantages(r, o), fullgraph=True, backend="aot_eager")
+    for offsets in ([0, 3], [0, 3, 2, 4], [0, 70, 4], [-5, 4]):
+        assert all(part.isnan().all() for part in wrong(torch.zeros(4), torch.tensor(offsets))[:3])
 
 
 @pytest.mark.parametrize(
     ("groups", "options", "message"),
     [
         (3, {}, "must divide the number of rewards 4, got 3"),
+        (0, {}, "must divide the number of rewards 4, got 0"),
         (torch.tensor([0, 5]), {}, r"end at len\(rewards\) = 4, got 0 and 5"),
         (torch.tensor([0, 3, 2, 4]), {}, "must not decrease"),
+        (torch.tensor([0.0, 4.0]), {}, "int32 or int64"),
         (2, {"scale": "grup"}, "scale must be one of"),
         (2, {"informative_from": torch.zeros(3)}, r"must be \[4\]"),
+        (2, {"component_weights": torch.zeros(2)}, r"must be \[1\]"),
+        (2, {"eps": -1.0}, "0 or more"),
         (2, {"backend": "cuda"}, "must be one of"),
     ],
 )
@@ -93,30 +170,72 @@ def test_wrong_arguments_say_what_was_expected_and_what_came(groups, options, me
         group_advantages(torch.zeros(4), groups, **options)
 
 
-@settings(deadline=None, max_examples=50)
-@given(st.lists(st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=9), min_size=1, max_size=6))
-def test_groups_of_any_sizes_follow_the_relative_rule(groups):
-    values = torch.tensor([v for group in groups for v in group], dtype=torch.float64)
-    offsets = torch.tensor([0, *itertools.accumulate(map(len, groups))])
-    truth = reference.group_advantages(values, offsets.tolist())
-    ours = group_advantages(values, offsets)
-    assert_as_accurate(ours.advantages, truth[0], truth[0])
+@st.composite
+def layouts(draw):
+    number = st.floats(-1e4, 1e4, width=32)
+    member = st.one_of(number, st.sampled_from([0.0, 1.0, 1.7, *NO_VALUE]))
+    group = st.one_of(st.lists(member, max_size=9), st.builds(lambda v, n: [v] * n, member, st.integers(0, 300)))
+    return draw(st.lists(group, max_size=6))
 
 
-def test_ids_of_any_kind_become_groups_in_first_seen_order():
-    ids = np.array(["b", "a", "b", "c", "a"], dtype=object)
+@settings(deadline=None, max_examples=150)
+@given(
+    layouts(),
+    st.fixed_dictionaries({name: st.sampled_from(CHOICES[name]) for name in ("aggregate", "scale", *FLAGS)}),
+    st.sampled_from([torch.float32, torch.float64]),
+)
+def test_groups_of_any_kind_follow_the_reference(layout, options, dtype):
+    values = torch.tensor([v for group in layout for v in group], dtype=dtype)
+    compare(values, [0, *itertools.accumulate(map(len, layout))], **options)
+
+
+IDS = {
+    "strings": np.array(["b", "a", "b", "c", "a"], dtype=object),
+    "fixed strings": np.array(["b", "a", "b", "c", "a"]),
+    "objects": np.array([("q", 1), None, ("q", 1), 2.5, None], dtype=object),
+    "ints": np.array([7, 2**62, 7, -3, 2**62]),
+    "tensor": torch.tensor([7, 900, 7, -3, 900], dtype=torch.int32),
+}
+
+
+@pytest.mark.parametrize("ids", IDS.values(), ids=IDS)
+def test_ids_of_any_kind_become_groups_in_first_seen_order(ids):
     order, offsets = groups_from_ids(ids)
-    assert ids[order.numpy()].tolist() == ["b", "b", "a", "a", "c"]
     assert order.tolist() == [0, 2, 1, 4, 3] and offsets.tolist() == [0, 2, 4, 5]
-    order, offsets = groups_from_ids(torch.tensor([7, 7, 3]))
-    assert order.tolist() == [0, 1, 2] and offsets.tolist() == [0, 2, 3]
-    with pytest.raises(ValueError, match="int"):
-        groups_from_ids(torch.zeros(3))
+    assert order.dtype == offsets.dtype == torch.int64
+    order, offsets = groups_from_ids(ids[:0])
+    assert order.tolist() == [] and offsets.tolist() == [0]
 
 
-def test_ids_take_time_linear_in_their_number():
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(-3, 3)))
+def test_ints_and_objects_are_grouped_alike(ids):
+    as_ints, as_objects = np.array(ids, dtype=np.int64), np.array(ids, dtype=object)
+    assert all(map(torch.equal, groups_from_ids(as_ints), groups_from_ids(as_objects)))
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (torch.zeros(3), "ints, strings or objects"),
+        (torch.zeros(3, dtype=torch.bfloat16), "ints, strings or objects"),
+        (np.zeros(3), "ints, strings or objects"),
+        (np.zeros((3, 2), dtype=int), r"\(3, 2\)"),
+        (["a", "b"], "got list"),
+        (np.array(["a", {}, "a"], dtype=object), "hashable, got dict at index 1"),
+    ],
+)
+def test_ids_that_cannot_be_grouped_say_why(ids, message):
+    with pytest.raises(ValueError, match=message):
+        groups_from_ids(ids)
+
+
+@pytest.mark.parametrize("kind", ["strings", "ints"])
+def test_ids_take_time_linear_in_their_number(kind):
     def seconds(n):
-        ids = np.array([f"prompt-{i % (n // 8)}" for i in range(n)], dtype=object)
+        ids = np.arange(n) % (n // 8)
+        if kind == "strings":
+            ids = np.array([f"prompt-{i}" for i in ids], dtype=object)
         best = []
         for _ in range(3):
             start = time.perf_counter()

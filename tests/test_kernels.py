@@ -85,8 +85,7 @@ def test_asking_for_triton_where_it_cannot_run_says_why():
 @pytest.mark.parametrize(
     ("rewards", "options", "reason"),
     [
-        (torch.zeros(4), {"aggregate": "gdpo"}, "whole batch"),
-        (torch.zeros(4), {"scale": "batch"}, "whole batch"),
+        (torch.zeros(4), {"aggregate": "gdpo", "scale": "batch"}, "the batch's std of every component"),
         (torch.zeros(4, dtype=torch.float64), {}, "rewards are fp64"),
     ],
 )

@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 ARCHITECTURES = (80, 90, 100, 120)
 TABLE = Path(__file__).parent.parent / "kernel_resources.json"
 
-ADVANTAGE_FLAGS = ("HAS_DECIDING", "LEAVE_ONE_OUT", "DIVIDE", "CLAMP", "RAW_SINGLETON", "ZERO_UNINFORMATIVE")
+ADVANTAGE_FLAGS = ("HAS_WEIGHTS", "HAS_DECIDING", "LEAVE_ONE_OUT", "CLAMP", "RAW_SINGLETON", "ZERO_UNINFORMATIVE")
 HEAD_FLAGS = ("HAS_BIAS", "HAS_BLOCKED", "HAS_SCALE", "HAS_SOFTCAP", "HAS_TEMPERATURE", "PER_TOKEN")
 OUTPUTS = ("ENTROPY", "TOP1", "MEAN", "SQUARES")
 HEAD = {
@@ -31,14 +31,26 @@ STORED = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 
 
 def group_advantage():
+    from r1v2_fast.kernels import _group_advantage_batch as second
     from r1v2_fast.kernels import group_advantage as kernel
 
-    types = dict.fromkeys(("rewards", "weights", "deciding", "advantages", "means", "stds"), "*fp32")
-    types |= {"offsets": "*i64", "informative": "*i1", "groups": "i32", "eps": "fp32", "tol": "fp32"}
-    for components, average, on in itertools.product((1, 3), (3, 8, 4096), (True, False)):
-        P, M = kernel.tile(average * 1000, 1000)
-        constants = {"R": components, "CORRECTION": 1, "P": P, "M": M, **dict.fromkeys(ADVANTAGE_FLAGS, on)}
-        yield f"R={components} P={P} flags={on}", kernel.group_advantage_kernel, types, constants, {}
+    types = dict.fromkeys(("rewards", "deciding"), "*bf16") | {"informative": "*i1", "offsets": "*i32"}
+    types |= dict.fromkeys(("weights", "advantages", "means", "stds"), "*fp32") | {"partials": "*fp64"}
+    types |= dict.fromkeys(("N", "groups", "row_stride"), "i32") | {"eps": "fp32", "tol": "fp32"}
+    plain = {"column_stride": 1, "deciding_stride": 1, "CORRECTION": 1, "WIDE": kernel.WIDE}
+    for components, size, on in itertools.product((1, 3), (0, 8, 64, 4096), (True, False)):
+        P, M = kernel.tile(size, 8)
+        flags = dict.fromkeys((*ADVANTAGE_FLAGS, "DIVIDE"), on) | {"GDPO": False, "BATCH": False}
+        constants = {**plain, **flags, "R": components, "SIZE": size, "P": P, "M": M}
+        yield f"R={components} SIZE={size} flags={on}", kernel.group_advantage_kernel, types, constants, kernel.OPTIONS
+    for size, gdpo in itertools.product((0, 8), (True, False)):
+        P, M = kernel.tile(size, 8)
+        flags = dict.fromkeys(ADVANTAGE_FLAGS, True) | {"GDPO": gdpo, "BATCH": True, "DIVIDE": gdpo}
+        constants = {**plain, **flags, "R": 3, "SIZE": size, "P": P, "M": M}
+        yield f"SIZE={size} gdpo={gdpo} batch", kernel.group_advantage_kernel, types, constants, kernel.OPTIONS
+    types = {"advantages": "*fp32", "partials": "*fp64", "N": "i32", "programs": "i32", "eps": "fp32"}
+    constants = {"WHITEN": True, "CORRECTION": 1, "CLAMP": True, "PARTIALS": second.PARTIALS, "BLOCK": second.BLOCK}
+    yield "finish", second.finish_kernel, types, constants, {}
 
 
 def linear_logprob():
@@ -107,7 +119,76 @@ def linear_logprob_sparse():
     yield "gather bf16", kernel.gather_kernel, types, constants, {"num_warps": 4}
 
 
-CASES = {f.__name__: f for f in (group_advantage, linear_logprob, linear_logprob_grads, linear_logprob_sparse)}
+def policy_loss():
+    from r1v2_fast.kernels import policy_loss as kernel
+    from r1v2_fast.ops._policy_loss_settings import KINDS, Numbers
+
+    tensors = (
+        "logprobs",
+        "old",
+        "advantages",
+        "reference",
+        "importance",
+        "rollout",
+        "behaviour",
+        "token_weights",
+        "entropy",
+    )
+    outputs = ("normalizer", "entropy_normalizer", "loss", "grad", "entropy_grad", "metrics", "scales")
+    shapes = dict.fromkeys(("count", "sequences", "longest"), "i32")
+    numbers = [*Numbers._fields[:-2], "divisor_number", "entropy_divisor_number"]
+    kinds = (
+        "grpo",
+        "gspo",
+        "luspo",
+        "gmpo",
+        "cispo",
+        "sapo",
+        "vespo",
+        "dppo_tv",
+    )  # what differs in more than the average
+    for kind, dtype, on in [
+        *((kind, "fp32", True) for kind in kinds),
+        ("grpo", "fp32", False),
+        ("grpo", "bf16", False),
+    ]:
+        family, ratio, aggregate = KINDS[kind]
+        types = {**dict.fromkeys(tensors, f"*{dtype}"), **dict.fromkeys(outputs, "*fp32"), **shapes}
+        types |= {"mask": "*i1", "offsets": "*i64", "partials": "*fp64", "finished": "*i32"} | dict.fromkeys(
+            numbers, "fp32"
+        )
+        constants = {
+            "FAMILY": family, "RATIO": ratio, "AGGREGATE": aggregate, "KL": "k3" if on else "", "KL_IN_LOSS": on,
+            "KL_IMPORTANCE": on, "ADVANTAGE": "token" if on else "sequence", "IMPORTANCE": "token" if on else "",
+            "ROLLOUT": "sequence_mask" if on else "", "HAS_BEHAVIOUR": on, "OFF_POLICY": "rollout" if on else "",
+            "HAS_WEIGHTS": on, "HAS_ENTROPY": on, "DUAL": on, "TWO_SIDED": on, "PADDED": on, "GIVEN": "" if on else "number",
+            "ENTROPY_GIVEN": "" if on else "number", "DIVIDED": not on, "ENTROPY_DIVIDED": not on, "BLOCK": 512,
+        }  # fmt: skip
+        yield f"{kind} {dtype} everything={on}", kernel.policy_loss_kernel, types, constants, {"num_warps": 8}
+
+
+def mpo_loss():
+    from r1v2_fast.kernels import mpo_loss as kernel
+
+    tensors = ("reference", "pair_weights", "delta", "normalizer", "generation_normalizer")
+    numbers = ("beta", "preference_weight", "quality_weight", "generation_weight", "smoothing")
+    numbers += ("delta_number", "normalizer_number", "generation_number")
+    types = dict.fromkeys((*tensors, "loss", "metrics", "rewards", "grad"), "*fp32") | dict.fromkeys(numbers, "fp64")
+    types |= {"offsets": "*i64", "partials": "*fp64", "finished": "*i32", "count": "i32", "pairs": "i32"}
+    strides = dict.fromkeys(("logprobs_stride", "reference_stride", "offsets_stride", "pair_weights_stride"), 1)
+    for dtype, average, on in (("fp32", 16, False), ("fp32", 1024, False), ("fp32", 1024, True), ("bf16", 4096, True)):
+        block, warps = kernel.tile(2 * average, 1)
+        flags = dict.fromkeys(("HAS_WEIGHTS", "DELTA_TENSOR", "NORMALIZER_TENSOR"), on)
+        flags |= {"GENERATION": "tokens" if on else "number", "PER_SEQUENCE": not on}
+        constants = {**strides, **flags, "PROGRAMS": kernel.PROGRAMS, "BLOCK": block}
+        here = {**types, "logprobs": f"*{dtype}"}
+        yield f"{dtype} BLOCK={block} everything={on}", kernel.mpo_loss_kernel, here, constants, {"num_warps": warps}
+
+
+CASES = {
+    f.__name__: f
+    for f in (group_advantage, linear_logprob, linear_logprob_grads, linear_logprob_sparse, policy_loss, mpo_loss)
+}
 
 
 def build(kernel, types, constants, options, architecture):
