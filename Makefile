@@ -5,7 +5,7 @@ RECIPE ?= digits
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: train test slow lint types bench gpu gpu-build gpu-test gpu-sanitize gpu-bench wheel
+.PHONY: train test slow peers lint types bench gpu gpu-build gpu-test gpu-sanitize gpu-bench wheel
 
 $(INSTALLED): pyproject.toml constraints.txt setup.py
 	$(PYTHON) -m venv .venv
@@ -16,10 +16,19 @@ train: $(INSTALLED)
 	$(BIN)/r1v2-fast train $(RECIPE)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu" --ignore tests/peers
 
 slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+# verl pins other releases of its dependencies, and its wheel holds a package named tests: it stands apart
+VERL := .venv/verl
+$(VERL): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -c constraints.txt trl liger-kernel ray tensordict omegaconf codetiming orjson
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ verl==0.9.1
+
+peers: $(VERL) # our ops against TRL's, Liger's and verl's own code
+	PYTHONPATH=$(VERL) $(BIN)/python -m pytest tests/peers
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -28,11 +37,10 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/mypy
 
-bench: $(INSTALLED) # TRL and Liger are the peers that run on the CPU
-	$(BIN)/python -m pip install --quiet -c constraints.txt trl liger-kernel==0.8.5
-	$(BIN)/python -m bench
+bench: $(VERL) # TRL, Liger and verl's losses are the peers that run on the CPU
+	PYTHONPATH=$(VERL) $(BIN)/python -m bench
 
-KERNELS := linear_logprob linear_logprob_grads linear_logprob_sparse group_advantage
+KERNELS := linear_logprob linear_logprob_grads linear_logprob_sparse group_advantage policy_loss mpo_loss
 SANITIZER := compute-sanitizer --error-exitcode 1
 
 gpu: gpu-build gpu-test gpu-sanitize gpu-bench # with a CUDA device, nvcc and GPU_PYTHON's torch; needs no network
