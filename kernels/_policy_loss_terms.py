@@ -65,7 +65,7 @@ def policy_term(
             dual = (advantage < 0) & (value > -advantage * dual_clip)
             value = tl.where(dual, -advantage * dual_clip, value)
             whole = whole & (dual == 0)
-        slope = tl.where(whole | (ratio != ratio), -ratio * advantage, 0.0)
+        slope = tl.where(whole | (plain != plain), -ratio * advantage, 0.0)
         below, above = below & (advantage < 0), above & (advantage > 0)
     elif FAMILY == "gmpo":
         value = -ratio * advantage

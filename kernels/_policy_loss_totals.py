@@ -26,7 +26,8 @@ def totals(
         sums += tl.sum(tile, 1)
         least = tl.minimum(least, tl.min(tl.where(there, tile, float("inf")), 1))
         most = tl.maximum(most, tl.max(tl.where(there, tile, -float("inf")), 1))
-    tokens = tl.maximum(tl.sum(tl.where(slot == 1, sums, 0.0), 0), 1.0)
+    counted_tokens = tl.sum(tl.where(slot == 1, sums, 0.0), 0)
+    tokens = tl.maximum(counted_tokens, 1.0)
     nonempty = tl.maximum(tl.sum(tl.where(slot == 2, sums, 0.0), 0), 1.0)
     if not DIVIDED:
         divisor = tokens if AGGREGATE == "token_mean" else nonempty
@@ -50,6 +51,6 @@ def totals(
     counted = tl.where(by_sequence, nonempty, tl.where(by_token, tokens, units))
     found = sums / tl.where(slot == 14, scored, counted)
     extreme = tl.where(metric < SUMS + MINIMA, least, most)
-    extreme = tl.where(tl.abs(extreme) < float("inf"), extreme, 0.0)
+    extreme = tl.where(tl.zeros([ROW], tl.float64) + counted_tokens > 0, extreme, 0.0)
     found = tl.where(metric < SUMS, found, extreme)
     tl.store(metrics + metric, found, mask=(metric >= 0) & (metric < METRICS))

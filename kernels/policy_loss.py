@@ -361,7 +361,7 @@ def policy_loss_kernel(
 
 def launch(
     logprobs, old, advantages, mask, offsets, reference, importance, rollout, behaviour, token_weights, entropy,
-    normalizer, entropy_normalizer, *, numbers, words, divided: tuple[bool, bool],
+    normalizer, entropy_normalizer, *, numbers, words,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """loss [], grad [N], entropy_grad [N] or [0], metrics, scales [2]; tensors contiguous, numbers and words as they came."""
     count = logprobs.numel()
@@ -427,8 +427,8 @@ def launch(
         PADDED=mask is not None,
         GIVEN=given(normalizer, numbers.divisor),
         ENTROPY_GIVEN=given(entropy_normalizer, numbers.entropy_divisor),
-        DIVIDED=divided[0],
-        ENTROPY_DIVIDED=divided[1],
+        DIVIDED=bool(words.divided),
+        ENTROPY_DIVIDED=bool(words.entropy_divided),
         BLOCK=block,
         num_warps=block // 64,
     )

@@ -234,6 +234,8 @@ class PolicyLoss(Section):
     def _level_of_kind(self):
         if self.kind in ("gspo", "gmpo") and self.ratio_level == "token":
             raise ValueError(f"{self.kind} is defined by its sequence's ratio, got ratio_level 'token'")
+        if self.kind == "cispo" and self.cispo_low is None and self.clip_high < 1:
+            raise ValueError(f"clip_high of cispo is the cap of the ratio itself, 1 or more, got {self.clip_high}")
         return self
 
 

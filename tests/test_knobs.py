@@ -72,7 +72,8 @@ def far(a, b):
         ("mpo", []),
         ("mpo", ["mpo.generation=token"]),
         ("grpo", []),
-        *(("grpo", [f"grpo.loss.kind={kind}"]) for kind in KINDS if kind != "grpo"),
+        *(("grpo", [f"grpo.loss.kind={kind}"]) for kind in KINDS if kind not in ("grpo", "cispo")),
+        ("grpo", ["grpo.loss.kind=cispo", "grpo.loss.clip_high=5"]),
         ("grpo", ["grpo.loss.aggregate=seq_mean_token_sum", "grpo.loss.ratio_level=sequence"]),
         ("grpo", ["grpo.loss.entropy_coef=0.1", "grpo.loss.rollout_mode=sequence_truncate"]),
         ("grpo", ["grpo.loss.off_policy_threshold=0.0", "grpo.loss.rollout_mode=token_mask"]),
@@ -147,6 +148,30 @@ def test_the_metrics_of_mpo_do_not_depend_on_micro_batches(tmp_path, reward):
             mean.add(own, weight=stage.weight(part))
         found.append({name: float(value) for name, value in mean.values().items()})
     assert found[1] == pytest.approx(found[0], rel=1e-4, abs=1e-6) and found[0]["mpo/preference"] > 0.1
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["grpo.loss.kind=gspo", "grpo.loss.off_policy_threshold=0.0"],
+        ["grpo.loss.kind=vespo", "grpo.loss.rollout_mode=token_truncate"],
+        ["grpo.loss.rollout_mode=sequence_truncate", "grpo.loss.kl_coef=0.1", "grpo.loss.clip_high=0.001"],
+    ],
+)
+def test_the_metrics_of_grpo_do_not_depend_on_micro_batches(more, tmp_path, reward):
+    stage = stage_of("grpo", tmp_path, reward, *more, double=True)
+    samples = stage.collect(0, {})
+    for index, sample in enumerate(samples):
+        sample.old_logprobs = sample.behaviour_logprobs + 0.1 * (-1) ** index
+    found = []
+    for budget in (None, 2 * padded_tokens(samples[:1])):
+        mean = Mean()
+        for part in micro_batches(samples, budget):
+            own = {}
+            stage.loss(part, samples, own)
+            mean.add(own, weight=stage.weight(part), weights=stage.weights(part))
+        found.append({name: float(value) for name, value in mean.values().items()})
+    assert found[1] == pytest.approx(found[0], rel=1e-6, abs=1e-9) and "ratio/mean" in found[0]
 
 
 def test_a_rehearsal_is_the_largest_that_a_step_can_be(tmp_path, reward):

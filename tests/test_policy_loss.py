@@ -63,7 +63,7 @@ def test_padded_and_packed_give_the_same_bits_and_padding_may_hold_anything(kind
 def test_any_mask_gives_the_bits_of_its_tokens_packed(rows, kind, seed):
     mask = torch.tensor(rows)
     batch = responses(tuple(mask.sum(1).tolist()), seed=seed).to(torch.float32)
-    options = {"kind": kind, "normalizer": 3.0}
+    options = {"kind": kind, "normalizer": 3.0, "clip_high": 1.2 if kind == "cispo" else 0.2}
 
     def spread(values):
         return values.new_full(mask.shape, torch.nan).masked_scatter(mask, values)
@@ -116,9 +116,12 @@ def test_on_policy_the_gradient_is_minus_the_advantage_over_the_divisor(kind):
 def test_a_nan_is_not_swallowed(kind):
     """Neither by a clamp nor by a clip: loss and gradient say it."""
     batch = responses((3, 2)).to(torch.float32)
-    batch.logprobs[1], batch.token_advantages[:] = torch.nan, 1.0
-    (loss, grad, _), _ = ours(batch, kind, {"per_token": True, "normalizer": 2.0})
-    assert loss.isnan() and grad.isnan().any()
+    batch.token_advantages[:] = 1.0
+    broken = batch._replace(logprobs=batch.logprobs.index_fill(0, torch.tensor(1), torch.nan))
+    unscored = batch._replace(token_advantages=batch.token_advantages.index_fill(0, torch.tensor(1), torch.nan))
+    for poisoned in (broken, unscored):
+        (loss, grad, _), _ = ours(poisoned, kind, {"per_token": True, "normalizer": 2.0})
+        assert loss.isnan() and grad.isnan().any()
 
 
 def test_the_replay_weight_is_capped_and_constant():
@@ -153,6 +156,22 @@ def test_clip_metrics_count_what_was_clipped():
     assert out.metrics["clip_ratio/high_max"] == 1 and out.metrics["clip_ratio/low_min"] == 0
 
 
+def test_a_second_derivative_is_refused_and_not_left_out():
+    logprobs = torch.tensor([-1.0, -2.0], requires_grad=True)
+    out = policy_loss(
+        logprobs, torch.tensor([-1.1, -2.0]), torch.tensor([1.0]), offsets=torch.tensor([0, 2]), kind="sapo"
+    )
+    with pytest.raises(RuntimeError, match="not differentiable twice"):
+        torch.autograd.grad(out.loss, logprobs, create_graph=True)
+
+
+def test_an_infinite_weight_is_reported_as_it_is():
+    logprobs = torch.tensor([-1.0, -2.0])
+    weights = torch.tensor([torch.inf, 1.0])
+    out = policy_loss(logprobs, logprobs, torch.tensor([1.0]), offsets=torch.tensor([0, 2]), importance_weights=weights)
+    assert out.metrics["sampling/importance_sampling_ratio/max"] == torch.inf
+
+
 def test_only_metrics_that_mean_something_are_reported():
     batch = responses()
     shown = {kind: set(ours(batch, kind, {})[1]) for kind in KINDS}
@@ -171,9 +190,8 @@ def test_bnpo_without_a_normalizer_divides_by_the_tokens_of_the_call_and_dapo_by
 def test_an_all_masked_batch_gives_a_differentiable_zero():
     logprobs = torch.full((2, 3), float("nan"), requires_grad=True)
     for kind in KINDS:
-        out = policy_loss(
-            logprobs, logprobs.detach(), torch.ones(2), mask=torch.zeros(2, 3, dtype=torch.bool), kind=kind
-        )
+        mask, cap = torch.zeros(2, 3, dtype=torch.bool), 5.0 if kind == "cispo" else 0.2
+        out = policy_loss(logprobs, logprobs.detach(), torch.ones(2), mask=mask, kind=kind, clip_high=cap)
         (grad,) = torch.autograd.grad(out.loss, logprobs)
         assert out.loss == 0 and torch.equal(grad, torch.zeros(2, 3))
         assert all(value.isfinite() for value in out.metrics.values())
@@ -210,6 +228,20 @@ def test_opcheck_accepts_it_and_it_compiles_into_one_graph(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_compiled_step_takes_another_normalizer_every_time(backend, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # so that the device is no objection; the kernel itself is not run
+    monkeypatch.setattr(_policy_loss_autograd, "_triton_op", _torch_op)
+    batch = responses().to(torch.float32)
+    given = op_arguments(batch, "grpo", {"given": ("entropy",), "entropy_coef": 0.1}) | {"backend": backend}
+    step = lambda logprobs, n: policy_loss(logprobs, **given, normalizer=n, entropy_normalizer=n + 1).loss  # noqa: E731
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for n in (3.0, 4.0, 5.5, 6.0, 7.0, 8.0):
+            assert torch.equal(compiled(batch.logprobs, n), step(batch.logprobs, n))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -221,10 +253,23 @@ def test_opcheck_accepts_it_and_it_compiles_into_one_graph(monkeypatch):
         ({"offsets": torch.tensor([0, 3, 2])}, "must not decrease"),
         ({"offsets": torch.tensor([0, 2, 5])}, r"must lie in \[0, N = 4\], got 0 and 5"),
         ({"offsets": torch.tensor([0.0, 2, 4])}, "offsets int"),
+        ({"logprobs": torch.zeros(4, dtype=torch.int64)}, "must be floats"),
         ({"kind": "dr_grpo"}, "B \\* L_max"),
         ({"kl_coef": 0.1}, "needs ref_logprobs"),
         ({"entropy_coef": 0.1}, "needs entropy"),
-        ({"normalizer": 0.0}, "normalizer must be above 0"),
+        ({"normalizer": 0.0}, "normalizer must be above 0, got 0.0"),
+        ({"entropy_normalizer": -1.0}, "entropy_normalizer must be above 0"),
+        ({"normalizer": torch.ones(2)}, r"normalizer must be one number, got a tensor of shape \(2,\)"),
+        ({"normalizer": torch.zeros(0)}, "normalizer must be one number"),
+        ({"rollout_min": 5.0}, "rollout_min must be at most rollout_cap = 3.0, got 5.0"),
+        ({"kind": "cispo"}, "cap of the ratio itself"),
+        ({"kind": "sapo", "dual_clip": 3.0}, "dual_clip has no meaning for this kind, but for grpo"),
+        ({"kind": "vespo", "ratio_cap": 3.0}, "ratio_cap has no meaning"),
+        ({"cispo_low": 0.2}, "cispo_low has no meaning for this kind, but for cispo"),
+        ({"gmpo_clamp": (0.4, 0.4, 0.1)}, "gmpo_clamp must be 2 numbers"),
+        ({"vespo": (1.0, torch.nan, 1.0, 1.0)}, "vespo must be 4 numbers"),
+        ({"kl_coef": torch.nan}, "kl_coef must be 0 or more"),
+        ({"off_policy_threshold": torch.nan}, "off_policy_threshold must be a number"),
         ({"dual_clip": 1.0}, "dual_clip must be above 1"),
         ({"clip_low": -0.1}, "clip_low must be 0 or more"),
         ({"sapo_tau": (0.0, 1.0)}, "temperatures above 0"),

@@ -32,7 +32,13 @@ def policy_gradient(sequences: slice, kind: str):
     logprobs = ops.linear_logprobs(hidden[tokens], weight, targets[tokens]).logprobs
     offsets = torch.arange(0, len(logprobs) + 1, T)
     ops.policy_loss(
-        logprobs, old[tokens], advantages[sequences], offsets=offsets, kind=kind, normalizer=NORMALIZER[kind]
+        logprobs,
+        old[tokens],
+        advantages[sequences],
+        offsets=offsets,
+        kind=kind,
+        normalizer=NORMALIZER[kind],
+        clip_high=5.0 if kind == "cispo" else 0.2,
     ).loss.backward()
     return weight.grad
 

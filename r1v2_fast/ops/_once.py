@@ -9,20 +9,20 @@ import torch
 
 
 def differentiable_once(backward: Callable) -> Callable:
-    """For `autograd.Function.backward`: run it without a graph; differentiating its results raises RuntimeError.
+    """For `autograd.Function.backward`: `create_graph=True` raises RuntimeError.
 
-    `torch.autograd.function.once_differentiable` raises only if what arrived requires a gradient: under
-    `create_graph=True` after a sum nothing does, and the term would be missing in silence.
+    `torch.autograd.function.once_differentiable` raises only if what arrived requires a gradient: after a sum nothing
+    does, and the term would be missing in silence. A node that raises later is no better: autograd walks only to the
+    inputs that are asked for, and such a node leads to none.
     """
 
     @functools.wraps(backward)
     def wrapper(ctx, *grads):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "r1v2_fast: this gradient is not differentiable twice, but create_graph=True asks for that"
+            )
         with torch.no_grad():
-            results = backward(ctx, *grads)
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return results
-        refuse = torch._C._functions.DelayedError(b"r1v2_fast: this gradient is not differentiable twice", len(results))
-        aliases = [None if result is None else result.detach().requires_grad_() for result in results]
-        return refuse(*aliases)  # type: ignore[arg-type]
+            return backward(ctx, *grads)
 
     return wrapper

@@ -6,7 +6,7 @@ import torch
 
 from r1v2_fast.ops import _backend, _policy_loss_torch
 from r1v2_fast.ops._once import differentiable_once
-from r1v2_fast.ops._policy_loss_settings import METRICS, Numbers, Words, divided
+from r1v2_fast.ops._policy_loss_settings import METRICS, Numbers, Words
 
 _SCHEMA = (
     "(Tensor logprobs, Tensor old, Tensor advantages, Tensor? mask, Tensor? offsets, Tensor? reference, "
@@ -32,9 +32,8 @@ def _triton_impl(logprobs, *arguments):
 
     numbers, words = Numbers(*arguments[-2]), Words(*arguments[-1])
     tensors = [None if tensor is None else tensor.contiguous() for tensor in (logprobs, *arguments[:-2])]
-    known = divided(*arguments[-4:])
     with _backend.on_device_of(logprobs):
-        return kernel.launch(*tensors, numbers=numbers, words=words, divided=known)
+        return kernel.launch(*tensors, numbers=numbers, words=words)
 
 
 @torch.library.register_fake("r1v2_fast::policy_loss")
@@ -56,8 +55,10 @@ def metrics_and_loss(
     entropy, normalizer, entropy_normalizer, numbers: Numbers, words: Words,
 ):  # fmt: skip
     """The loss, differentiable in log-probs and entropies, and every metric by name."""
-    divisors = [d if isinstance(d, torch.Tensor) else None for d in (normalizer, entropy_normalizer)]
-    constants = (old, advantages, mask, offsets, reference, importance, rollout, behaviour, token_weights, *divisors)
+    constants = (
+        old, advantages, mask, offsets, reference, importance, rollout, behaviour, token_weights, normalizer,
+        entropy_normalizer,
+    )  # fmt: skip
     there = [None if tensor is None else tensor.detach().to(logprobs.device) for tensor in constants]
     loss, metrics = _PolicyLoss.apply(logprobs, entropy, backend, list(numbers), list(words), *there)
     return loss, dict(zip(METRICS, metrics.unbind(0), strict=True))
@@ -72,7 +73,7 @@ class _PolicyLoss(torch.autograd.Function):
         ctx.save_for_backward(grad, entropy_grad, scales)
         ctx.shape, ctx.dtypes = logprobs.shape, (logprobs.dtype, None if entropy is None else entropy.dtype)
         # a divisor that only the whole batch tells is still to be applied
-        ctx.divided = (True, True) if backend == "torch" else divided(*arguments[-4:])
+        ctx.divided = (True, True) if backend == "torch" else (words[-2] == "yes", words[-1] == "yes")
         ctx.mark_non_differentiable(metrics)
         return loss, metrics
 

@@ -84,20 +84,12 @@ class Words(NamedTuple):
     kl_kind: str  # "" without a KL term, metric or otherwise
     kl_importance: str  # "yes" or ""
     rollout_mode: str  # "" without rollout log-probs
+    divided: str  # "yes" where the divisor is known before a token is read, so that the launch can divide the gradient
+    entropy_divided: str
 
 
 def or_infinite(value: float | None) -> float:
     return math.inf if value is None else float(value)
-
-
-def divided(normalizer, entropy_normalizer, numbers: list[float], words: list[str]) -> tuple[bool, bool]:
-    """Whether the loss's and the entropy's divisor are known before a token is read, so that gradients can be divided."""
-    aggregate, given = Words(*words).aggregate, Numbers(*numbers)
-    known = aggregate in ("token_sum", "seq_mean_token_sum_norm")
-    return (
-        known or normalizer is not None or not math.isnan(given.divisor),
-        entropy_normalizer is not None or not math.isnan(given.entropy_divisor),
-    )
 
 
 def reported(words: Words, numbers: Numbers, *, weighted: bool, rollout: bool, entropy: bool) -> list[str]:
@@ -115,3 +107,13 @@ def reported(words: Words, numbers: Numbers, *, weighted: bool, rollout: bool, e
     }
     hidden = tuple(start for start, shown in meaning.items() if not shown)
     return [name for name in METRICS if not name.startswith(hidden)]
+
+
+def over_sequences(kind: str, ratio_level: str | None, rollout_mode: str) -> set[str]:
+    """The metrics that are means over sequences; the others are means over tokens, or extremes."""
+    names = {"vespo/phi_seq_mean", "off_policy_mask/dropped"}
+    if ratio_level == "sequence" or (KINDS[kind].ratio != "token" and ratio_level is None):
+        names |= {name for name in METRICS if name.startswith(("clip_ratio/", "cispo", "ratio/"))}
+    if rollout_mode.startswith("sequence"):
+        names.add("sampling/importance_sampling_ratio/mean")
+    return names

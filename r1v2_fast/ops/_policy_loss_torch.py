@@ -55,7 +55,7 @@ def run(
         phi, applied = _phi(at, logprobs - old, advantages, corrections, numbers), None
     if numbers.off_policy < math.inf:
         sampled = next(x for x in (rollout, behaviour, old) if x is not None)
-        away = at.sums((sampled - logprobs).nan_to_num(nan=0.0)) / at.count
+        away = at.sums(_known(sampled - logprobs)) / at.count
         dropped = (advantages < 0) & at.spread(away > numbers.off_policy)
         applied = _times(applied, ~dropped)
     if token_weights is not None:
@@ -72,7 +72,8 @@ def run(
         kl, steep = _kl(at, at.tokens(reference) - logprobs, numbers, words)
         if words.kl_importance:
             kl, steep = kl * ratio, steep * ratio
-            pull = numbers.kl_coef * kl + (0 if pull is None else pull)
+            if numbers.kl_coef:
+                pull = numbers.kl_coef * kl + (0 if pull is None else pull)
         if numbers.kl_coef:
             term, own = term + numbers.kl_coef * kl, own + numbers.kl_coef * steep
 
@@ -122,7 +123,7 @@ def _corrections(
     difference, scored = torch.zeros_like(old), at.live
     if rollout is not None:  # NaN, a token that the sampler could not score, counts as on-policy
         scored = at.live & ~rollout.isnan()
-        difference = (old - rollout).nan_to_num(nan=0.0)
+        difference = (old - rollout).where(scored, 0)
         if words.rollout_mode.startswith("sequence"):
             sequences = sequences * _bounded(at.sums(difference), numbers, words)
         else:
@@ -160,7 +161,7 @@ def _terms(
         if numbers.dual_clip < math.inf:
             dual = (advantages < 0) & (value > -advantages * numbers.dual_clip)
             value = torch.where(dual, -advantages * numbers.dual_clip, value)
-        slope = (-ratio * advantages).where((whole & ~dual) | ratio.isnan(), 0)
+        slope = (-ratio * advantages).where((whole & ~dual) | plain.isnan(), 0)
         return Terms(value, slope, below & (advantages < 0), above & (advantages > 0), dual)
     if words.family == "gmpo":
         change, value = logprobs - old, -ratio * advantages
@@ -211,8 +212,7 @@ def _metrics(
     def extreme(values: Tensor, sign: float) -> Tensor:
         if not values.numel():
             return at.token_count.new_zeros(())
-        largest = (values * sign).amax() * sign
-        return largest.where(largest.isfinite(), 0)
+        return ((values * sign).amax() * sign).where(at.lengths.sum() > 0, 0)
 
     def of_a_sequence(values: Tensor, empty: float) -> Tensor:
         return (at.sums(values) / at.count).where(at.lengths > 0, empty)
@@ -251,6 +251,10 @@ def _metrics(
 
 def _times(weights: Tensor | None, values: Tensor) -> Tensor:
     return values if weights is None else values * weights
+
+
+def _known(values: Tensor) -> Tensor:
+    return values.masked_fill(values.isnan(), 0)
 
 
 def _choose(condition: Tensor, yes: float, no: float) -> Tensor:

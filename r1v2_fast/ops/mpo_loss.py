@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from r1v2_fast.ops import _backend
+from r1v2_fast.ops._number import checked, split
 from r1v2_fast.ops._once import differentiable_once
 
 _backend.register("mpo_loss", ("triton", _backend.triton_why_not))
@@ -91,18 +92,17 @@ def mpo_loss(
     if len(weights) != 3:
         raise ValueError(f"weights must be those of preference, quality and generation, got {weights}")
     per_sequence = generation == "sequence"
-    numbers = Numbers(
-        beta,
-        *weights,
-        label_smoothing,
-        _number("delta", delta),
-        _number("normalizer", normalizer, default=pairs),
-        _number("generation_normalizer", generation_normalizer, default=pairs if per_sequence else math.nan),
+    if not beta > 0 or not all(weight >= 0 for weight in weights):
+        raise ValueError(f"beta must be above 0 and weights 0 or more, got {beta} and {weights}")
+    device = logprobs.device
+    shift, shift_number = split(checked("delta", delta, device), 0.0)
+    over_pairs, pairs_number = split(checked("normalizer", normalizer, device, above=0), float(pairs))
+    over_generated, generated_number = split(
+        checked("generation_normalizer", generation_normalizer, device, above=0),
+        float(pairs) if per_sequence else math.nan,
     )
-    scalars = [
-        value if isinstance(value, torch.Tensor) else None for value in (delta, normalizer, generation_normalizer)
-    ]
-    constants = (ref_logprobs, offsets, pair_weights, *scalars)
+    numbers = Numbers(beta, *weights, label_smoothing, shift_number, pairs_number, generated_number)
+    constants = (ref_logprobs, offsets, pair_weights, shift, over_pairs, over_generated)
     there = [None if tensor is None else tensor.detach().to(logprobs.device) for tensor in constants]
     lacking = "its results are fp32 and the log-probs are fp64" if logprobs.dtype == torch.float64 else None
     chosen = _backend.pick("mpo_loss", backend, logprobs, lacks=("triton", lacking))
@@ -122,19 +122,6 @@ def _pairs(offsets: torch.Tensor, count: int) -> int:
         if bool((empty := offsets.diff() <= 0).any()):
             raise ValueError(f"sequence {int(empty.nonzero()[0])} has no tokens; pairs need both sides")
     return (len(offsets) - 1) // 2
-
-
-def _number(name: str, value: float | torch.Tensor | None, *, default: float = math.nan) -> float:
-    """The float that is given or meant; NaN, which nothing reads, for a tensor."""
-    if isinstance(value, torch.Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"{name} must be one number, got a tensor of shape {tuple(value.shape)}")
-        return math.nan
-    if value is None:
-        return default
-    if "normalizer" in name and not value > 0:
-        raise ValueError(f"{name} must be above 0, got {value}")
-    return float(value)
 
 
 _SCHEMA = (

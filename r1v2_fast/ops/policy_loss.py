@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from r1v2_fast.ops import _backend
+from r1v2_fast.ops._number import Number, checked, split
 from r1v2_fast.ops._policy_loss_autograd import metrics_and_loss
 from r1v2_fast.ops._policy_loss_settings import (
     AGGREGATES,
@@ -20,12 +21,13 @@ from r1v2_fast.ops._policy_loss_settings import (
     Numbers,
     Words,
     or_infinite,
+    over_sequences,
     reported,
 )
 
-_backend.register("policy_loss", ("triton", _backend.triton_why_not))
+__all__ = ["KINDS", "PolicyLoss", "over_sequences", "policy_loss"]
 
-Number = float | torch.Tensor
+_backend.register("policy_loss", ("triton", _backend.triton_why_not))
 
 
 class PolicyLoss(NamedTuple):
@@ -57,7 +59,7 @@ def policy_loss(
     rollout_cap: float | None = 3.0,
     rollout_min: float | None = None,
     behaviour_logprobs: torch.Tensor | None = None,  # as logprobs
-    behaviour_cap: float = 2.0,
+    behaviour_cap: float | None = 2.0,
     off_policy_threshold: float | None = None,
     token_weights: torch.Tensor | None = None,  # as logprobs
     entropy: torch.Tensor | None = None,  # as logprobs
@@ -85,32 +87,38 @@ def policy_loss(
                     clip(rho, 1 - cispo_low, 1 + clip_high); token_mean
       sapo          -A (4 / tau) sigmoid(tau (rho - 1)), sapo_tau = (tau for A > 0, tau else); seq_mean_token_mean
       vespo         -sg(phi) A logprob, phi = exp(lambda + k log w - lambda w), w the product of the sequence's ratios and
-                    correction weights; vespo = (k, lambda for A >= 0, k, lambda for A < 0); token_mean
+                    corrections, each log within [log 1e-8, 20], so that a correction of 0 does not drop its token;
+                    vespo = (k, lambda for A >= 0, k, lambda for A < 0); token_mean
       dppo_tv       -sg(min(rho, ratio_cap or 20)) A logprob, 0 where pi - pi_old exceeds dppo_threshold ((low, high);
                     None: clip_low and clip_high) in A's direction; token_mean
-    ratio_level     "token" or "sequence"; None: the kind's own
+    ratio_level     "token" or "sequence"; None: the kind's own. gspo and gmpo have theirs; vespo's phi is a sequence's in any
+                    case, so there it is the level of kl_importance and of the metric alone
     w               token_weights, times corrections that are constants and multiply each other: importance_weights as
                     they are; of rollout_logprobs exp(old - rollout), truncated to [rollout_min, rollout_cap] or masked
-                    outside, for a token or the sequence's sum (a NaN counts as on-policy); of behaviour_logprobs
+                    outside, for a token or the sequence's sum (a NaN here counts as on-policy); of behaviour_logprobs
                     min(exp(old - behaviour), behaviour_cap), the decoupled ratio of replayed samples.
                     off_policy_threshold (nat): 0 where A < 0 and the sequence's mean of sampled - logprob is above it;
                     sampled is rollout_logprobs, else behaviour_logprobs, else old_logprobs
-    KL              k1 lp - ref, k2 (lp - ref)^2 / 2, k3 exp(ref - lp) - (ref - lp) - 1; kl_importance multiplies by rho
+    KL              k1 lp - ref, k2 (lp - ref)^2 / 2, k3 exp(ref - lp) - (ref - lp) - 1; kl_importance multiplies by
+                    the kind's rho (gmpo's clamped one)
     normalizer      replaces the outermost divisor, so that any split of a batch gives the same gradient: token_mean
                     tokens; seq_mean_* sequences with a token; seq_mean_token_sum_norm B x T, to be given for packed
                     input; token_sum 1. Without one bnpo divides by the tokens of this call: local by definition.
                     entropy_normalizer: tokens, in place of those of this call
     log_ratio_clamp bound of log-ratios and of log weights; None leaves them, and then inf is possible
-    zero            advantage or weight 0 gives exactly 0 policy loss; weights act on neither KL nor divisors
+    zero            advantage or w 0 gives exactly 0 policy loss; weights act on neither KL nor divisors
 
     shapes          logprobs and its likes [B, T] with mask, or [N] with offsets; advantages and importance_weights for each
                     sequence, [B] or [B, 1], or for each token; where N = B, for each sequence
     dtypes          fp16, bf16, fp32 -> fp32 loss and metrics; fp64 -> fp64; log-probs and entropies in nat
-    metrics         device tensors under TRL's names, means over tokens; of a sequence's ratio or rollout weight, over
-                    sequences with a token; of sampling_logp_difference, over tokens that the sampler scored
-    differentiable  loss in logprobs and entropy
-    backend         "triton": one launch whatever the settings, fp64 inside; "torch": any device, and fp64 inputs
-    raises          ValueError on wrong shapes, names or numbers; RuntimeError where the backend cannot run
+    metrics         device tensors under TRL's names, means over tokens; of a sequence's ratio or rollout weight, of phi and
+                    of what the off-policy mask drops, over sequences with a token; of sampling_logp_difference, over
+                    tokens that the sampler scored
+    differentiable  loss in logprobs and entropy, once
+    backend         "triton": one launch whatever the settings, fp64 inside; "torch": any device with fp64, and fp64
+                    inputs. On a GPU offsets are not looked at: bounded to [0, N], tokens of no sequence get gradient 0
+    raises          ValueError on wrong shapes, names or numbers, and on one that has no meaning for the kind; RuntimeError
+                    where the backend cannot run, and on create_graph=True
     source          docs/losses.md names each kind's paper, and the arguments that reproduce TRL, verl and Liger
     """
     if kind not in KINDS:
@@ -132,7 +140,6 @@ def policy_loss(
     numbers = _numbers(
         family, clip_low, clip_high, ratio_cap, dual_clip, log_ratio_clamp, kl_coef, rollout_min, rollout_cap,
         behaviour_cap, off_policy_threshold, cispo_low, sapo_tau, vespo, gmpo_clamp, dppo_threshold, entropy_coef,
-        normalizer, entropy_normalizer,
     )  # fmt: skip
     if kl_coef and ref_logprobs is None:
         raise ValueError(f"kl_coef = {kl_coef} needs ref_logprobs, got None")
@@ -149,6 +156,13 @@ def policy_loss(
     if aggregate == "seq_mean_token_sum_norm" and mask is None and normalizer is None:
         raise ValueError("seq_mean_token_sum_norm of packed log-probs needs normalizer = B * L_max, got None")
     ratio = own_level if ratio_level is None or own_level == "own" else ratio_level
+    normalizer = checked("normalizer", normalizer, logprobs.device, above=0)
+    entropy_normalizer = checked("entropy_normalizer", entropy_normalizer, logprobs.device, above=0)
+    (divisor, divisor_number), (entropy_divisor, entropy_number) = (
+        split(value, math.nan) for value in (normalizer, entropy_normalizer)
+    )
+    numbers = numbers._replace(divisor=divisor_number, entropy_divisor=entropy_number)
+    divided = normalizer is not None or aggregate in ("token_sum", "seq_mean_token_sum_norm")
     words = Words(
         family=family,
         ratio=ratio,
@@ -156,12 +170,14 @@ def policy_loss(
         kl_kind=kl_kind if ref_logprobs is not None else "",
         kl_importance="yes" if kl_importance else "",
         rollout_mode=rollout_mode if rollout_logprobs is not None else "",
+        divided="yes" if divided else "",
+        entropy_divided="yes" if entropy_normalizer is not None else "",
     )
     fp64 = "it returns fp32 and the log-probs are fp64" if logprobs.dtype == torch.float64 else None
     chosen = _backend.pick("policy_loss", backend, logprobs, lacks=("triton", fp64))
     loss, metrics = metrics_and_loss(
         chosen, logprobs, old_logprobs, advantages, mask, offsets, ref_logprobs, importance_weights, rollout_logprobs,
-        behaviour_logprobs, token_weights, entropy, normalizer, entropy_normalizer, numbers, words,
+        behaviour_logprobs, token_weights, entropy, divisor, entropy_divisor, numbers, words,
     )  # fmt: skip
     weighted = any(x is not None for x in (importance_weights, rollout_logprobs, behaviour_logprobs))
     names = reported(
@@ -170,35 +186,55 @@ def policy_loss(
     return PolicyLoss(loss, {name: metrics[name] for name in names})
 
 
-def _pair(value: float | tuple[float, float]) -> tuple[float, float]:
-    return value if isinstance(value, tuple) else (value, value)
+def _several(name: str, value, count: int) -> tuple[float, ...]:
+    """`count` numbers of 0 or more; one number stands for two equal ones."""
+    values = (value,) * count if count == 2 and isinstance(value, (int, float)) else value
+    if not isinstance(values, (tuple, list)) or len(values) != count or not all(v >= 0 for v in values):
+        raise ValueError(f"{name} must be {count} numbers, each 0 or more, got {value}")
+    return tuple(values)
 
 
 def _numbers(
     family, clip_low, clip_high, ratio_cap, dual_clip, log_ratio_clamp, kl_coef, rollout_min, rollout_cap, behaviour_cap,
-    off_policy_threshold, cispo_low, sapo_tau, vespo, gmpo_clamp, dppo_threshold, entropy_coef, normalizer,
-    entropy_normalizer,
+    off_policy_threshold, cispo_low, sapo_tau, vespo, gmpo_clamp, dppo_threshold, entropy_coef,
 ) -> Numbers:  # fmt: skip
-    change, moved = _pair(gmpo_clamp), _pair((clip_low, clip_high) if dppo_threshold is None else dppo_threshold)
     for name, value in (
         ("clip_low", clip_low), ("clip_high", clip_high), ("ratio_cap", ratio_cap), ("log_ratio_clamp", log_ratio_clamp),
-        ("rollout_cap", rollout_cap), ("rollout_min", rollout_min), ("behaviour_cap", behaviour_cap),
-        ("cispo_low", cispo_low), ("gmpo_clamp", min(change)), ("dppo_threshold", min(moved)),
+        ("kl_coef", kl_coef), ("rollout_cap", rollout_cap), ("rollout_min", rollout_min),
+        ("behaviour_cap", behaviour_cap), ("cispo_low", cispo_low),
     ):  # fmt: skip
         if value is not None and not value >= 0:
             raise ValueError(f"{name} must be 0 or more, got {value}")
+    for name, value in (("entropy_coef", entropy_coef), ("off_policy_threshold", off_policy_threshold)):
+        if value is not None and math.isnan(value):
+            raise ValueError(f"{name} must be a number, got {value}")
     if dual_clip is not None and not dual_clip > 1:
         raise ValueError(f"dual_clip must be above 1, got {dual_clip}")
-    if not min(sapo_tau) > 0 or len(sapo_tau) != 2:
-        raise ValueError(f"sapo_tau must be two temperatures above 0, got {sapo_tau}")
-    if len(vespo) != 4 or not min(vespo) >= 0:
-        raise ValueError(f"vespo must be (k, lambda, k, lambda), each 0 or more, got {vespo}")
+    if rollout_min is not None and rollout_cap is not None and rollout_min > rollout_cap:
+        raise ValueError(f"rollout_min must be at most rollout_cap = {rollout_cap}, got {rollout_min}")
+    for name, value, families in (
+        ("dual_clip", dual_clip, ("clip",)),
+        ("ratio_cap", ratio_cap, ("clip", "dppo_tv")),
+        ("cispo_low", cispo_low, ("cispo",)),
+    ):
+        if value is not None and family not in families:
+            kinds = ", ".join(kind for kind in KINDS if KINDS[kind].family in families)
+            raise ValueError(f"{name} has no meaning for this kind, but for {kinds}; got {value}")
+    if family == "cispo" and cispo_low is None and clip_high < 1:
+        raise ValueError(
+            f"clip_high of cispo is the cap of the ratio itself, 1 or more (5 in ScaleRL), got {clip_high}"
+        )
+    change = _several("gmpo_clamp", gmpo_clamp, 2)
+    moved = _several("dppo_threshold", (clip_low, clip_high) if dppo_threshold is None else dppo_threshold, 2)
+    tau_positive, tau_other = _several("sapo_tau", sapo_tau, 2)
+    if not (tau_positive > 0 and tau_other > 0):
+        raise ValueError(f"sapo_tau must be temperatures above 0, got {sapo_tau}")
+    k_positive, rate_positive, k_negative, rate_negative = _several("vespo", vespo, 4)
     low, high = 1 - clip_low, 1 + clip_high
     if family == "cispo":
         low, high = (-math.inf, clip_high) if cispo_low is None else (1 - cispo_low, 1 + clip_high)
     if family == "dppo_tv" and ratio_cap is None:
         ratio_cap = 20.0
-    (tau_positive, tau_other), (k_positive, rate_positive, k_negative, rate_negative) = sapo_tau, vespo
     return Numbers(
         low=low,
         high=high,
@@ -208,7 +244,7 @@ def _numbers(
         kl_coef=kl_coef,
         rollout_min=0.0 if rollout_min is None else rollout_min,
         rollout_cap=or_infinite(rollout_cap),
-        behaviour_cap=behaviour_cap,
+        behaviour_cap=or_infinite(behaviour_cap),
         off_policy=or_infinite(off_policy_threshold),
         tau_positive=tau_positive,
         tau_other=tau_other,
@@ -221,21 +257,14 @@ def _numbers(
         tv_low=moved[0],
         tv_high=moved[1],
         entropy_coef=entropy_coef,
-        divisor=_number(normalizer),
-        entropy_divisor=_number(entropy_normalizer),
+        divisor=math.nan,
+        entropy_divisor=math.nan,
     )
 
 
-def _number(value: Number | None) -> float:
-    """NaN where there is none, or a tensor that says it."""
-    if value is None or isinstance(value, torch.Tensor):
-        return math.nan
-    if not value > 0:
-        raise ValueError(f"a normalizer must be above 0, got {value}")
-    return float(value)
-
-
 def _check_shapes(logprobs: torch.Tensor, mask, offsets, **likes: torch.Tensor | None) -> None:
+    if not logprobs.is_floating_point():
+        raise ValueError(f"log-probs must be floats, got {logprobs.dtype}")
     if (mask is None) == (offsets is None):
         raise ValueError("give mask with [B, T] log-probs, or offsets with packed [N] ones, not both or neither")
     for name, value in {**likes, "mask": mask}.items():
@@ -245,9 +274,9 @@ def _check_shapes(logprobs: torch.Tensor, mask, offsets, **likes: torch.Tensor |
         raise ValueError(f"with a mask log-probs are [B, T], got {tuple(logprobs.shape)}")
     if offsets is None:
         return
-    if logprobs.dim() != 1 or offsets.dim() != 1 or len(offsets) < 1 or offsets.is_floating_point():
+    if logprobs.dim() != 1 or offsets.dim() != 1 or len(offsets) < 1 or offsets.dtype not in (torch.int32, torch.int64):
         got = f"{tuple(logprobs.shape)} and {offsets.dtype} {tuple(offsets.shape)}"
-        raise ValueError(f"with offsets log-probs are [N] and offsets int [B + 1], got {got}")
+        raise ValueError(f"with offsets log-probs are [N] and offsets int32 or int64 [B + 1], got {got}")
     if offsets.device.type == "cpu" and not torch.compiler.is_compiling():
         if int(offsets[0]) < 0 or int(offsets[-1]) > len(logprobs):
             ends = f"{int(offsets[0])} and {int(offsets[-1])}"

@@ -65,6 +65,9 @@ def policy_loss(
     def gap(a, b):
         return (a - b).clamp(-bound, bound)
 
+    def known(values):
+        return values.where(~values.isnan(), 0)
+
     def ratio_of(logprobs, old, advantages, anchor):
         if kind == "gmpo":
             low, high = gmpo_clamp
@@ -78,11 +81,9 @@ def policy_loss(
         return gap(logprobs, old).exp()
 
     def rollout_weight(old, rollout):
-        difference = gap(old, rollout).nan_to_num(
-            nan=0.0
-        )  # a token that the sampler could not score counts as on-policy
+        difference = known(gap(old, rollout))  # a token that the sampler could not score counts as on-policy
         if rollout_mode.startswith("sequence"):
-            difference = (old - rollout).nan_to_num(nan=0.0).sum().clamp(-bound, bound)
+            difference = known(old - rollout).sum().clamp(-bound, bound)
         weight, low = difference.exp(), -math.inf if rollout_min is None else rollout_min
         cap = math.inf if rollout_cap is None else rollout_cap
         if rollout_mode.endswith("truncate"):
@@ -144,7 +145,7 @@ def policy_loss(
                     term = torch.where(advantages < 0, torch.minimum(term, -advantages * dual_clip), term)
         if off_policy_threshold is not None:
             sampled = next(x[tokens] for x in (rollout_N, behaviour_N, old_N) if x is not None)
-            away = (sampled - anchor).nan_to_num(nan=0.0).mean()
+            away = known(sampled - anchor).mean()
             weights = weights * ((advantages >= 0) | (away <= off_policy_threshold))
         if token_weights_N is not None:
             weights = weights * token_weights_N[tokens]
@@ -160,14 +161,8 @@ def policy_loss(
     sequences, length = max(int((lengths > 0).sum()), 1), max(int(lengths.sum()), 1)
     if aggregate == "seq_mean_token_mean":
         sums = sums / lengths.clamp(min=1)
-    by_sequence = {"seq_mean_token_sum": sequences, "seq_mean_token_mean": sequences}
-    known = {
-        "token_mean": length,
-        "token_sum": 1,
-        "seq_mean_token_sum_norm": len(terms) * (longest or 1),
-        **by_sequence,
-    }
-    loss = sums.sum() / (normalizer or known[aggregate])
+    divisors = {"token_mean": length, "token_sum": 1, "seq_mean_token_sum_norm": len(terms) * (longest or 1)}
+    loss = sums.sum() / (normalizer or divisors.get(aggregate, sequences))
     if entropies:
         loss = loss - entropy_coef * torch.stack(entropies).sum() / (entropy_normalizer or length)
     return loss

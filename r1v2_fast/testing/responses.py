@@ -115,7 +115,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def op_arguments(batch: Responses, kind: str, settings: dict[str, Any], *, padded: bool = False) -> dict[str, Any]:
     """Keyword arguments of ops.policy_loss besides its log-probs; their normalizer where packed input needs one."""
-    options = dict(settings)
+    options, family = dict(settings), KINDS[kind].family
+    for name, families in (("dual_clip", ("clip",)), ("ratio_cap", ("clip", "dppo_tv")), ("cispo_low", ("cispo",))):
+        if family not in families:
+            options.pop(name, None)
+    if family == "cispo" and "cispo_low" not in options:
+        options["clip_high"] = 1.1  # the cap itself
     shape = batch.padded if padded else (lambda values: values)
     found = {"old_logprobs": shape(batch.old_logprobs), "kind": kind}
     found |= {"mask": batch.mask} if padded else {"offsets": batch.offsets}

@@ -74,7 +74,7 @@ def _learn(stage: Stage, samples: list, optimizer: Optimizer, step: int, metrics
         for part in micro_batches(mini_batch, stage.settings.micro_batch_tokens):
             own: Metrics = {}
             loss += _add_gradient(stage, part, mini_batch, optimizer, own)
-            mean.add(own, weight=stage.weight(part))
+            mean.add(own, weight=stage.weight(part), weights=stage.weights(part))
         norm = optimizer.step(rate)
         if optimizer.lost(norm):
             raise RuntimeError(
@@ -86,7 +86,10 @@ def _learn(stage: Stage, samples: list, optimizer: Optimizer, step: int, metrics
                 "the parts that train. The adapter learns only from records with images.",
                 once="zero gradient",
             )
-        stage.after_update()
+        if norm.isfinite():
+            stage.after_update()
+        else:  # fp16 overflowed: the loss scale goes down, and nothing was updated
+            stage.forget_update()
         mean.add({"loss": loss, "grad_norm": norm})
         updates += 1
     metrics.update({**mean.values(), "learning_rate": rate, "updates": updates})

@@ -6,15 +6,16 @@ from typing import Any
 
 
 class Mean:
-    """Weighted means by name; */min and */max are extremes, and `sums` are added. Device tensors are not read."""
+    """Weighted means by name; names that end in min or max are extremes, `sums` are added. Device tensors are not read."""
 
     def __init__(self, *, sums: tuple[str, ...] = ("num_tokens",)) -> None:
         self._sums = sums
         self._values: dict[str, list[tuple[Any, float]]] = {}
 
-    def add(self, metrics: dict[str, Any], *, weight: float = 1) -> None:
+    def add(self, metrics: dict[str, Any], *, weight: float = 1, weights: dict[str, float] | None = None) -> None:
+        """`weights` are those of metrics that are means over something else."""
         for name, value in metrics.items():
-            self._values.setdefault(name, []).append((value, weight))
+            self._values.setdefault(name, []).append((value, (weights or {}).get(name, weight)))
 
     def values(self) -> dict[str, Any]:
         return {name: self._combined(name, pairs) for name, pairs in self._values.items()}
@@ -23,8 +24,8 @@ class Mean:
         values = [value for value, _ in pairs]
         if name in self._sums:
             return sum(values)
-        if name.endswith(("/min", "/max")):
-            pick = min if name.endswith("/min") else max
+        if name.endswith(("/min", "/max", "_min", "_max")):
+            pick = min if name.endswith("min") else max
             return pick(float(value) for value in values) if len(values) > 1 else values[0]
         if len(values) == 1:
             return values[0]

@@ -1,5 +1,6 @@
 """Run by test_kernels.py in a process of its own: on the CPU under TRITON_INTERPRET=1, and on a GPU."""
 
+import itertools
 import sys
 
 import torch
@@ -50,9 +51,13 @@ def main(device):
     compare(many, "grpo", EVERYTHING, device)
 
     broken = responses((3, 2)).to(torch.float32).to(torch.device(device))
-    broken.logprobs[1], broken.token_advantages[:] = torch.nan, 1.0
-    for kind in KINDS:
-        (loss, grad, _), _ = ours(broken, kind, {"per_token": True, "normalizer": 2.0}, backend="triton")
+    broken.token_advantages[:] = 1.0
+    for field, kind in itertools.product(("logprobs", "token_advantages"), KINDS):
+        poisoned = getattr(broken, field).clone()
+        poisoned[1] = torch.nan
+        (loss, grad, _), _ = ours(
+            broken._replace(**{field: poisoned}), kind, {"per_token": True, "normalizer": 2.0}, backend="triton"
+        )
         assert loss.isnan() and grad.isnan().any(), kind
 
     there = responses(seed=7).to(torch.float32).to(torch.device(device))

@@ -155,7 +155,7 @@ def policy_loss():
         family, ratio, aggregate = KINDS[kind]
         types = {**dict.fromkeys(tensors, f"*{dtype}"), **dict.fromkeys(outputs, "*fp32"), **shapes}
         types |= {"mask": "*i1", "offsets": "*i64", "partials": "*fp64", "finished": "*i32"} | dict.fromkeys(
-            numbers, "fp32"
+            numbers, "fp64"
         )
         constants = {
             "FAMILY": family, "RATIO": ratio, "AGGREGATE": aggregate, "KL": "k3" if on else "", "KL_IN_LOSS": on,

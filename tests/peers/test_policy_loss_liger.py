@@ -75,9 +75,10 @@ def run_ours(
     }[loss_type]
     cut = lambda v: v[keep] if packed and v is not None and v.shape == keep.shape else v  # noqa: E731
     offsets = torch.cat([torch.zeros(1, dtype=torch.long), keep.sum(1).cumsum(0)])
+    cap = None if loss_type in ("cispo", "sapo", "vespo") else delta  # which ignore it
     loss, metrics = policy_loss(
         cut(logps), cut(logps.detach() if on_policy else x["old"]), x["advantages"], kind=loss_type, ratio_level=level,
-        clip_high=1.3 if loss_type == "cispo" else 0.28, ratio_cap=delta, log_ratio_clamp=None, normalizer=normalizer,
+        clip_high=1.3 if loss_type == "cispo" else 0.28, ratio_cap=cap, log_ratio_clamp=None, normalizer=normalizer,
         ref_logprobs=cut(x["ref"]) if beta else None, kl_coef=beta, kl_importance=use_bias_correction_kl,
         importance_weights=cut(ratio), **settings, **({"offsets": offsets} if packed else {"mask": x["mask"]}),
     )  # fmt: skip

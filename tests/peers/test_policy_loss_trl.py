@@ -18,6 +18,7 @@ pytest.importorskip("trl")
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
+UNCLIPPED = ("cispo", "sapo", "vespo")  # for which TRL ignores delta
 LEVELS = ("token", "sequence")
 LENGTHS = (7, 4, 1, 5, 6, 3, 2)
 B, T = len(LENGTHS), max(LENGTHS)
@@ -104,10 +105,10 @@ def ours_for(trainer, x):
     with_kl = {"ref_logprobs": x["ref"], "kl_coef": args.beta, "kl_importance": args.use_bias_correction_kl}
     return {
         "kind": loss_type, "ratio_level": args.importance_sampling_level, "normalizer": normalizer,
-        "clip_low": args.epsilon, "clip_high": args.epsilon_high, "ratio_cap": args.delta, "log_ratio_clamp": None,
+        "clip_low": args.epsilon, "clip_high": args.epsilon_high, "log_ratio_clamp": None,
         "sapo_tau": TAU, "off_policy_threshold": args.off_policy_mask_threshold, "entropy_coef": args.entropy_coef,
         "entropy_normalizer": x["mask"].sum().item() * ACCUMULATION,
-    } | (with_kl if args.beta else {})  # fmt: skip
+    } | (with_kl if args.beta else {}) | ({"ratio_cap": args.delta} if loss_type not in UNCLIPPED else {})  # fmt: skip
 
 
 def run_ours(x, *, packed=False, **settings):

@@ -61,6 +61,10 @@ class Stage(Generic[S]):
         """What the metrics of a loss on `samples` are means over: their response tokens."""
         return sum(len(sequence.response_ids) for sample in samples for sequence in sample.sequences)
 
+    def weights(self, samples: list[S]) -> dict[str, float]:
+        """The same of metrics that are means over something else, by name."""
+        return {}
+
     def largest_sequences(self, sampling: config.Sampling, per_prompt: int, count: int) -> list[Sequence]:
         """`count` responses that use all of max_new_tokens, `per_prompt` to each of the longest prompts."""
         response = [self.context.policy.tokenizer.eos_token_id] * sampling.max_new_tokens

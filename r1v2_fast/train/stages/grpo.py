@@ -11,7 +11,7 @@ import torch
 from r1v2_fast import config, ops
 from r1v2_fast.buffer import SelectiveSampleBuffer, Unit
 from r1v2_fast.data.collate import Sequence
-from r1v2_fast.ops.policy_loss import KINDS
+from r1v2_fast.ops.policy_loss import KINDS, over_sequences
 from r1v2_fast.train.context import Context
 from r1v2_fast.train.experience import Experience, collect, joined, panel, reward_metrics
 from r1v2_fast.train.stages.base import Metrics, Stage
@@ -101,6 +101,10 @@ class GRPOStage(Stage[Sample]):
             Sample(sequence, 1.0, zeros, ref_logprobs=zeros if self.config.loss.kl_coef else None)
             for sequence in self.largest_sequences(sampling, sampling.group_size, -(-count // self.config.mini_batches))
         ]
+
+    def weights(self, samples: list[Sample]) -> dict[str, float]:
+        loss = self.config.loss
+        return dict.fromkeys(over_sequences(loss.kind, loss.ratio_level, loss.rollout_mode or ""), float(len(samples)))
 
     def loss(self, samples: list[Sample], whole: list[Sample], metrics: Metrics) -> torch.Tensor:
         device = self.context.device
