@@ -70,7 +70,7 @@ def test_the_cpu_twin_is_what_auto_takes_because_it_is_faster():
             start = time.perf_counter()
             sample_by_priority(values, 64, seed=0, backend=backend)
             times.append(time.perf_counter() - start)
-    assert sorted(seconds["cuda"])[2] < sorted(seconds["torch"])[2]
+    assert min(seconds["cuda"]) < min(seconds["torch"])  # the least: others may be at work on the machine
 
 
 @needs_native
