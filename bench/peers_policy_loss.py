@@ -12,7 +12,7 @@ from bench.peers_linear_logprob import Peer, _from
 
 
 @functools.cache
-def _trl_trainer(kind: str, sequences: int, length: int):
+def _trl_trainer(kind: str, level: str, sequences: int, length: int):
     """A GRPOTrainer without its __init__, whose model is log-probs that somebody else made."""
     base, config = _from("trl", "GRPOTrainer"), _from("trl", "GRPOConfig")
     ready_made = lambda self, *_, **__: (self.logprobs, self.entropies, None)  # noqa: E731
@@ -26,7 +26,7 @@ def _trl_trainer(kind: str, sequences: int, length: int):
         gather=lambda x: x, reduce=lambda x, reduction: x, num_processes=1, sync_gradients=True
     )
     for name, value in {
-        "args": args, "loss_type": kind, "importance_sampling_level": "token", "beta": 0.0, "epsilon_low": 0.2,
+        "args": args, "loss_type": kind, "importance_sampling_level": level, "beta": 0.0, "epsilon_low": 0.2,
         "epsilon_high": 0.2, "off_policy_mask_threshold": None, "top_entropy_quantile": 1.0, "use_vllm": False,
         "aux_loss_enabled": False, "_entropy_bonus_enabled": False, "max_completion_length": length,
         "current_gradient_accumulation_steps": 1, "accelerator": accelerator, "model": SimpleNamespace(training=True),
@@ -35,8 +35,8 @@ def _trl_trainer(kind: str, sequences: int, length: int):
     return trainer
 
 
-def trl(kind: str, logprobs: torch.Tensor, old: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
-    trainer, device = _trl_trainer(kind, *logprobs.shape), logprobs.device
+def trl(kind: str, level: str, logprobs: torch.Tensor, old: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+    trainer, device = _trl_trainer(kind, level, *logprobs.shape), logprobs.device
     trainer.logprobs, trainer.entropies = logprobs, torch.zeros_like(logprobs)
     trainer._metrics = {"train": defaultdict(list)}
     ones, none = (
@@ -58,10 +58,10 @@ def _verl_config():
     return actor(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, clip_ratio=0.2)
 
 
-def verl(mode: str, logprobs: torch.Tensor, old: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
-    vanilla = _from("verl.trainer.ppo.core_algos", "get_policy_loss_fn")("vanilla")
+def verl(loss: str, mode: str, logprobs: torch.Tensor, old: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+    function = _from("verl.trainer.ppo.core_algos", "get_policy_loss_fn")(loss)
     ones = torch.ones_like(logprobs)
-    return vanilla(old, logprobs, advantages[:, None].expand_as(ones), ones, mode, _verl_config())[0]
+    return function(old, logprobs, advantages[:, None].expand_as(ones), ones, mode, _verl_config())[0]
 
 
 PEERS = {

@@ -12,6 +12,7 @@ import triton.language as tl
 from . import _group_advantage_batch as second
 from ._group_advantage_moments import divisor, extend, extent, merge, nothing, pool, root, statistics_of
 
+LIMIT = tl.constexpr(2.0**59)
 WIDE = 1024  # rewards that a program holds at once: eight a thread
 RAGGED = 512  # of groups in CSR form: their bounds and moments take as many registers again
 OPTIONS = {"maxnreg": 255}  # else ptxas spills around division's slow path for the sake of occupancy
@@ -46,9 +47,16 @@ def _plus(sum_so_far, part, weights, k, HAS_WEIGHTS: tl.constexpr):
 
 
 @triton.jit
+def _scorable(value):
+    """NaN where it is not finite; within LIMIT, as sums and squares beyond would overflow to inf, and inf - inf is NaN."""
+    bounded = tl.minimum(tl.maximum(value, -LIMIT), LIMIT)
+    return tl.where(tl.abs(value) < float("inf"), bounded, float("nan"))
+
+
+@triton.jit
 def _component(rewards, index, here, k, row_stride, column_stride):
-    value = tl.load(rewards + index * row_stride + k * column_stride, mask=here, other=float("nan")).to(tl.float32)
-    return tl.where(tl.abs(value) < float("inf"), value, float("nan"))
+    place = rewards + index * row_stride + (index * 0 + k) * column_stride  # int64 before the first product
+    return _scorable(tl.load(place, mask=here, other=float("nan")).to(tl.float32))
 
 
 @triton.jit
@@ -63,7 +71,7 @@ def _read(
         for c in tl.static_range(R):
             part = _component(rewards, index, here, c, row_stride, column_stride)
             value = _plus(value, part, weights, c, HAS_WEIGHTS)
-        value = tl.where(tl.abs(value) < float("inf"), value, float("nan"))
+        value = _scorable(value)
     return value
 
 
@@ -134,7 +142,8 @@ def _groups(
         high, low = tl.full([P], -float("inf"), tl.float32), tl.full([P], float("inf"), tl.float32)
         for first in range(0, longest, M):
             here = index + first < end[:, None]
-            other = tl.load(deciding + (index + first) * deciding_stride, mask=here, other=float("nan")).to(tl.float32)
+            other = tl.load(deciding + (index + first) * deciding_stride, mask=here, other=0).to(tl.float32)
+            other = tl.where(here, other, float("nan"))  # not in the load: a bool or an int has no NaN
             more_high, more_low = extent(other)
             high, low = tl.maximum(high, more_high), tl.minimum(low, more_low)
     decided = high - low > tol

@@ -159,7 +159,7 @@ def test_wrong_offsets_that_nobody_looked_at_give_nan():
         (torch.tensor([0, 3, 2, 4]), {}, "must not decrease"),
         (torch.tensor([0.0, 4.0]), {}, "int32 or int64"),
         (2, {"scale": "grup"}, "scale must be one of"),
-        (2, {"informative_from": torch.zeros(3)}, r"must be \[4\]"),
+        (2, {"informative_from": torch.zeros(3)}, r"real numbers \[4\]"),
         (2, {"component_weights": torch.zeros(2)}, r"must be \[1\]"),
         (2, {"eps": -1.0}, "0 or more"),
         (2, {"backend": "cuda"}, "must be one of"),
@@ -244,3 +244,52 @@ def test_ids_take_time_linear_in_their_number(kind):
         return min(best)
 
     assert seconds(160_000) < 40 * seconds(16_000)  # a quadratic walk would take 100 times as long
+
+
+def test_ids_may_lie_in_memory_as_they_like():
+    ids = np.array([5, 3, 5, 3, 9, 5])
+    wanted = groups_from_ids(ids)
+    frozen = ids.copy()
+    frozen.flags.writeable = False
+    for other in (np.repeat(ids, 2)[::2], ids.astype(">i4"), frozen, ids[::-1].copy()[::-1]):
+        assert all(torch.equal(a, b) for a, b in zip(groups_from_ids(other), wanted, strict=True))
+
+
+def test_a_million_ids_take_less_than_half_a_second():
+    names = [f"prompt-{i}" for i in range(125_000)]
+    ids = np.array(names, dtype=object)[np.random.default_rng(0).permutation(np.repeat(np.arange(125_000), 8))]
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        order, offsets = groups_from_ids(ids)
+        seconds.append(time.perf_counter() - start)
+    assert len(order) == 1_000_000 and len(offsets) == 125_001
+    assert min(seconds) < 0.5, seconds
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_a_compiled_call_takes_any_number_of_rewards(ragged):
+    def call(values, offsets):
+        return group_advantages(values, offsets if ragged else 4).advantages
+
+    torch.compiler.reset()
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(recompile_limit=3):
+        for groups in range(2, 12):
+            values = torch.arange(4.0 * groups) % 3
+            offsets = torch.arange(0, len(values) + 1, 4)
+            assert torch.equal(compiled(values, offsets), call(values, offsets))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"component_weights": torch.tensor([torch.nan])}, "finite real numbers"),
+        ({"informative_from": torch.zeros(4, dtype=torch.complex64)}, r"real numbers \[4\], got torch.complex64"),
+        ({"groups": [0, 4]}, "an int or a tensor of offsets, got list"),
+        ({"groups": 2.0}, "an int or a tensor of offsets, got float"),
+    ],
+)
+def test_wrong_values_are_named_too(options, message):
+    with pytest.raises(ValueError, match=message):
+        group_advantages(torch.zeros(4), **{"groups": 2, **options})

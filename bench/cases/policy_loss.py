@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from bench.case import Case, Outputs, Provider
-from bench.peers_linear_logprob import Peer, compiled
+from bench.peers_linear_logprob import compiled
 from bench.peers_policy_loss import PEERS
 from r1v2_fast.ops import policy_loss
 
@@ -75,11 +75,13 @@ def truth(loss: Loss) -> Callable[[Inputs], Outputs]:
     return run
 
 
-def peer(found: Peer, word: str) -> Provider:
-    return Provider(padded(partial(found.function, word)), found.why_not)
+def peers(kind: str, level: str, loss: str, mode: str) -> dict[str, Provider]:
+    """TRL's loss_type and importance_sampling_level, verl's policy loss and loss_agg_mode."""
+    words = {"trl": (kind, level), "verl": (loss, mode)}
+    return {n: Provider(padded(partial(p.function, *words[n])), p.why_not) for n, p in PEERS.items()}
 
 
-def case(kind: str, loss: Loss, sequences: int, length: int, **peers: Provider) -> Case:
+def case(kind: str, loss: Loss, sequences: int, length: int, **others: Provider) -> Case:
     return Case(
         stem="policy_loss",
         name=f"{kind}, loss, gradient and metrics",
@@ -91,16 +93,14 @@ def case(kind: str, loss: Loss, sequences: int, length: int, **peers: Provider) 
             "ours": Provider(partial(ours, kind)),
             "pytorch": Provider(padded(loss)),
             "compile": Provider(padded(compiled(loss))),
-            **peers,
+            **others,
         },
         bytes=12.0 * sequences * length,
     )
 
 
 CASES = [
-    case(
-        "grpo", formula, 64, 1024, trl=peer(PEERS["trl"], "grpo"), verl=peer(PEERS["verl"], "seq-mean-token-mean")
-    ),
-    case("dapo", formula, 8, 8192, trl=peer(PEERS["trl"], "dapo"), verl=peer(PEERS["verl"], "token-mean")),
-    case("gspo", gspo_formula, 64, 1024),
-]  # fmt: skip
+    case("grpo", formula, 64, 1024, **peers("grpo", "token", "vanilla", "seq-mean-token-mean")),
+    case("dapo", formula, 8, 8192, **peers("dapo", "token", "vanilla", "token-mean")),
+    case("gspo", gspo_formula, 64, 1024, **peers("grpo", "sequence", "gspo", "seq-mean-token-mean")),
+]

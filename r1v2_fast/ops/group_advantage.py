@@ -94,8 +94,13 @@ def group_advantages(
         raise ValueError(f"rewards must have a component, got {tuple(rewards.shape)}")
     if component_weights is not None and component_weights.shape != (components,):
         raise ValueError(f"component_weights must be [{components}], got {tuple(component_weights.shape)}")
-    if informative_from is not None and informative_from.shape != (count,):
-        raise ValueError(f"informative_from must be [{count}], got {tuple(informative_from.shape)}")
+    if component_weights is not None and (
+        component_weights.is_complex() or (component_weights.device.type == "cpu" and not _finite(component_weights))
+    ):
+        raise ValueError(f"component_weights must be finite real numbers, got {component_weights.tolist()}")
+    if informative_from is not None and (informative_from.shape != (count,) or informative_from.is_complex()):
+        got = f"{informative_from.dtype} {tuple(informative_from.shape)}"
+        raise ValueError(f"informative_from must be real numbers [{count}], got {got}")
     if not eps >= 0:
         raise ValueError(f"eps must be 0 or more, got {eps}")
     size, offsets = _layout(groups, count, rewards.device)
@@ -112,6 +117,10 @@ def group_advantages(
     return GroupAdvantages(*(_triton_op if chosen == "triton" else _torch_op)(*arguments))
 
 
+def _finite(weights: torch.Tensor) -> bool:
+    return torch.compiler.is_compiling() or bool(weights.isfinite().all())
+
+
 def _triton_lacks(aggregate: str, scale: str, dtype: torch.dtype) -> str | None:
     if aggregate == "gdpo" and scale == "batch":
         return f"{aggregate=} with {scale=} needs the batch's std of every component before it can sum them"
@@ -121,6 +130,8 @@ def _triton_lacks(aggregate: str, scale: str, dtype: torch.dtype) -> str | None:
 def _layout(groups: int | torch.Tensor, count: int, device: torch.device) -> tuple[int, torch.Tensor | None]:
     """The size of every group, or 0 and the offsets."""
     if not isinstance(groups, torch.Tensor):
+        if not isinstance(groups, (int, torch.SymInt)):
+            raise ValueError(f"groups must be an int or a tensor of offsets, got {type(groups).__name__}")
         if groups < 1 or count % groups:
             raise ValueError(f"the group size must divide the number of rewards {count}, got {groups}")
         return groups, None
@@ -183,8 +194,8 @@ def _out_dtype(rewards: torch.Tensor) -> torch.dtype:
 @torch.library.register_fake("r1v2_fast::group_advantage_triton")
 @torch.library.register_fake("r1v2_fast::group_advantage")
 def _fake(rewards_NR, offsets, size, *arguments):
-    count = len(rewards_NR)
-    groups = count // size if offsets is None else len(offsets) - 1
+    count = rewards_NR.shape[0]  # len() would make a graph's symbol a number
+    groups = count // size if offsets is None else offsets.shape[0] - 1
     advantages, mean, std = (rewards_NR.new_empty(n, dtype=_out_dtype(rewards_NR)) for n in (count, groups, groups))
     return advantages, mean, std, rewards_NR.new_empty(groups, dtype=torch.bool)
 

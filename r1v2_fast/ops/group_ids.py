@@ -24,7 +24,10 @@ def groups_from_ids(ids: torch.Tensor | np.ndarray) -> tuple[torch.Tensor, torch
         raise ValueError(f"ids must be a tensor or a NumPy array, got {type(ids).__name__}")
     if ids.ndim != 1 or floats:
         raise ValueError(f"ids must be ints, strings or objects [N], got {ids.dtype} {tuple(ids.shape)}")
-    labels = _labels_of_ints(torch.as_tensor(ids)) if ints else _labels_of_objects(ids.tolist())
+    if ints:
+        labels = _labels_of_ints(ids if isinstance(ids, torch.Tensor) else torch.from_numpy(ids.astype(np.int64)))
+    else:
+        labels = _labels_of_objects(ids.tolist())
     sizes = labels.bincount()
     return labels.argsort(stable=True), torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
 

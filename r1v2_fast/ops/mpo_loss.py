@@ -187,7 +187,7 @@ def _torch_impl(
 @torch.library.register_fake("r1v2_fast::mpo_loss")
 def _fake(logprobs, reference, offsets, *arguments):
     wide = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
-    return tuple(logprobs.new_empty(shape, dtype=wide) for shape in ((), (5,), (len(offsets) - 1,), logprobs.shape))
+    return tuple(logprobs.new_empty(shape, dtype=wide) for shape in ((), (5,), (offsets.shape[0] - 1,), logprobs.shape))
 
 
 _torch_op = torch.ops.r1v2_fast.mpo_loss.default
