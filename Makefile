@@ -19,7 +19,7 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow and not gpu" --ignore tests/peers
 
 slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --ignore tests/peers
 
 # verl pins other releases of its dependencies, and its wheel holds a package named tests: it stands apart
 VERL := .venv/verl
@@ -49,7 +49,7 @@ gpu-build:
 	R1V2_FAST_CUDA=1 $(GPU_PYTHON) setup.py build_ext --inplace
 
 gpu-test: gpu-build
-	$(GPU_PYTHON) -m pytest -m gpu
+	$(GPU_PYTHON) -m pytest -m gpu --ignore tests/peers
 
 gpu-sanitize: gpu-build
 	$(SANITIZER) $(GPU_PYTHON) -m pytest -m gpu tests/test_native.py
