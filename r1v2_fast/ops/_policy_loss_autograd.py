@@ -50,7 +50,7 @@ _torch_op = torch.ops.r1v2_fast.policy_loss.default
 _triton_op = torch.ops.r1v2_fast.policy_loss_triton.default
 
 
-def metrics_and_loss(
+def loss_and_metrics(
     backend: str, logprobs, old, advantages, mask, offsets, reference, importance, rollout, behaviour, token_weights,
     entropy, normalizer, entropy_normalizer, numbers: Numbers, words: Words,
 ):  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 
 from r1v2_fast.ops import _backend
 from r1v2_fast.ops._number import Number, checked, split
-from r1v2_fast.ops._policy_loss_autograd import metrics_and_loss
+from r1v2_fast.ops._policy_loss_autograd import loss_and_metrics
 from r1v2_fast.ops._policy_loss_settings import (
     AGGREGATES,
     KINDS,
@@ -175,7 +175,7 @@ def policy_loss(
     )
     fp64 = "it returns fp32 and the log-probs are fp64" if logprobs.dtype == torch.float64 else None
     chosen = _backend.pick("policy_loss", backend, logprobs, lacks=("triton", fp64))
-    loss, metrics = metrics_and_loss(
+    loss, metrics = loss_and_metrics(
         chosen, logprobs, old_logprobs, advantages, mask, offsets, ref_logprobs, importance_weights, rollout_logprobs,
         behaviour_logprobs, token_weights, entropy, divisor, entropy_divisor, numbers, words,
     )  # fmt: skip
