@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ._finish import last_to_finish, ticket
+from ._packed import fill, offset, scalar
 
 PROGRAMS = 1024  # at most: the last one adds a row from each
 SUMS = 5  # partial sums of a program: preference, quality, generation, pairs won, margins
@@ -31,19 +32,6 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _scalar(tensor, number, IN_TENSOR: tl.constexpr):
-    if IN_TENSOR:
-        return tl.load(tensor).to(tl.float64)
-    return tl.zeros((), tl.float64) + number
-
-
-@triton.jit
-def _offset(offsets, stride, place, low, count):
-    """Within [low, count] whatever it holds: nobody looks at offsets on a GPU, and nothing else may be read or written."""
-    return tl.minimum(tl.maximum(tl.load(offsets + place * stride).to(tl.int64), low), count)
-
-
-@triton.jit
 def _sums(logprobs, reference, logprobs_stride, reference_stride, start, end, BLOCK: tl.constexpr):
     """Of logprob - reference, and of logprob."""
     difference, total = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
@@ -54,13 +42,6 @@ def _sums(logprobs, reference, logprobs_stride, reference_stride, start, end, BL
         difference += own - tl.load(reference + index * reference_stride, mask=live, other=0.0).to(tl.float64)
         total += own
     return tl.sum(difference, 0), tl.sum(total, 0)
-
-
-@triton.jit
-def _fill(grad, value, start, end, step, BLOCK: tl.constexpr):
-    for first in range(start, end, step):
-        index = first + tl.arange(0, BLOCK)
-        tl.store(grad + index, value, mask=index < end)
 
 
 @triton.jit
@@ -108,25 +89,25 @@ def mpo_loss_kernel(
 ):
     program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     none = tl.zeros((), tl.float64)
-    shift = _scalar(delta, delta_number, DELTA_TENSOR)
-    over_pairs = _scalar(normalizer, normalizer_number, NORMALIZER_TENSOR)
-    begin = _offset(offsets, offsets_stride, 0, 0, count)
-    last = _offset(offsets, offsets_stride, 2 * pairs, begin, count)
+    shift = scalar(delta, delta_number, DELTA_TENSOR)
+    over_pairs = scalar(normalizer, normalizer_number, NORMALIZER_TENSOR)
+    begin = offset(offsets, offsets_stride, 0, 0, count)
+    last = offset(offsets, offsets_stride, 2 * pairs, begin, count)
     if GENERATION == "tokens":
-        chosen_tokens = _offset(offsets, offsets_stride, pairs, begin, count) - begin
+        chosen_tokens = offset(offsets, offsets_stride, pairs, begin, count) - begin
         over_generated = tl.maximum(chosen_tokens, 1).to(tl.float64)
     else:
-        over_generated = _scalar(generation_normalizer, generation_number, GENERATION == "tensor")
+        over_generated = scalar(generation_normalizer, generation_number, GENERATION == "tensor")
     # tokens of no sequence
-    _fill(grad, 0.0, program * BLOCK, begin, programs * BLOCK, BLOCK)
-    _fill(grad, 0.0, last + program * BLOCK, count, programs * BLOCK, BLOCK)
+    fill(grad, 0.0, program * BLOCK, begin, programs * BLOCK, BLOCK)
+    fill(grad, 0.0, last + program * BLOCK, count, programs * BLOCK, BLOCK)
 
     preference, quality, generation, won, margin = none, none, none, none, none
     for pair in range(program, pairs, programs):
-        start = _offset(offsets, offsets_stride, pair, 0, count)
-        end = _offset(offsets, offsets_stride, pair + 1, start, count)
-        other_start = _offset(offsets, offsets_stride, pairs + pair, 0, count)
-        other_end = _offset(offsets, offsets_stride, pairs + pair + 1, other_start, count)
+        start = offset(offsets, offsets_stride, pair, 0, count)
+        end = offset(offsets, offsets_stride, pair + 1, start, count)
+        other_start = offset(offsets, offsets_stride, pairs + pair, 0, count)
+        other_end = offset(offsets, offsets_stride, pairs + pair + 1, other_start, count)
         chosen, generated = _sums(logprobs, reference, logprobs_stride, reference_stride, start, end, BLOCK)
         rejected, _ = _sums(logprobs, reference, logprobs_stride, reference_stride, other_start, other_end, BLOCK)
         chosen, rejected = beta * chosen, beta * rejected
@@ -149,8 +130,8 @@ def mpo_loss_kernel(
         slope = beta * (weight * (pull - quality_weight * _sigmoid(shift - chosen)) / over_pairs)
         slope -= generation_weight * share / over_generated
         other_slope = beta * (weight * (quality_weight * _sigmoid(rejected - shift) - pull) / over_pairs)
-        _fill(grad, slope, start, end, BLOCK, BLOCK)
-        _fill(grad, other_slope, other_start, other_end, BLOCK, BLOCK)
+        fill(grad, slope, start, end, BLOCK, BLOCK)
+        fill(grad, other_slope, other_start, other_end, BLOCK, BLOCK)
 
     tl.store(partials + program, preference)
     tl.store(partials + programs + program, quality)

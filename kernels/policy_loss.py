@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from ._finish import last_to_finish, ticket
+from ._packed import fill, offset, scalar
 from ._policy_loss_terms import (
     LOG_LARGE,
     LOG_SMALL,
@@ -31,11 +32,9 @@ PROGRAMS = 1024  # at most: the last one adds a row from each
 
 @triton.jit
 def _divisor(given, number, known, GIVEN: tl.constexpr):
-    if GIVEN == "tensor":
-        return tl.load(given).to(tl.float64)
-    if GIVEN == "number":
-        return tl.zeros((), tl.float64) + number
-    return known
+    if GIVEN == "":
+        return known
+    return scalar(given, number, GIVEN == "tensor")
 
 
 @triton.jit
@@ -111,6 +110,7 @@ def policy_loss_kernel(
     SEQUENCE_ROLLOUT: tl.constexpr = ROLLOUT == "sequence_truncate" or ROLLOUT == "sequence_mask"
     MEAN: tl.constexpr = AGGREGATE == "seq_mean_token_mean"
     SUMS_FIRST: tl.constexpr = RATIO != "token" or FAMILY == "vespo" or SEQUENCE_ROLLOUT or OFF_POLICY != ""
+    COUNTED_FIRST: tl.constexpr = PADDED and (MEAN or SUMS_FIRST)
     MOVES: tl.constexpr = FAMILY == "clip" or FAMILY == "gmpo" or FAMILY == "sapo"  # through the ratio
     CORRECTED: tl.constexpr = IMPORTANCE != "" or HAS_BEHAVIOUR or ROLLOUT != ""
     program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
@@ -122,18 +122,14 @@ def policy_loss_kernel(
     if AGGREGATE == "seq_mean_token_sum_norm" and PADDED:
         known = tl.maximum((none + sequences) * longest, 1.0)
     if not PADDED:  # tokens of no sequence get no gradient
-        begin = tl.minimum(tl.maximum(tl.load(offsets).to(tl.int64), 0), count)
-        last = tl.minimum(tl.maximum(tl.load(offsets + sequences).to(tl.int64), begin), count)
-        for first in range(program * BLOCK, begin, programs * BLOCK):
-            index = first + lane
-            tl.store(grad + index, 0.0, mask=index < begin)
-            if HAS_ENTROPY:
-                tl.store(entropy_grad + index, 0.0, mask=index < begin)
-        for first in range(last + program * BLOCK, count, programs * BLOCK):
-            index = first + lane
-            tl.store(grad + index, 0.0, mask=index < count)
-            if HAS_ENTROPY:
-                tl.store(entropy_grad + index, 0.0, mask=index < count)
+        begin = offset(offsets, 1, 0, 0, count)
+        last = offset(offsets, 1, sequences, begin, count)
+        step = programs * BLOCK
+        fill(grad, 0.0, program * BLOCK, begin, step, BLOCK)
+        fill(grad, 0.0, last + program * BLOCK, count, step, BLOCK)
+        if HAS_ENTROPY:
+            fill(entropy_grad, 0.0, program * BLOCK, begin, step, BLOCK)
+            fill(entropy_grad, 0.0, last + program * BLOCK, count, step, BLOCK)
     divisor = _divisor(normalizer, divisor_number, known, GIVEN)
     entropy_divisor = _divisor(entropy_normalizer, entropy_divisor_number, known, ENTROPY_GIVEN)
     entropy_step = -entropy_coef / entropy_divisor if ENTROPY_DIVIDED else none - entropy_coef
@@ -148,24 +144,25 @@ def policy_loss_kernel(
             start = sequence * longest
             end = start + longest
         else:
-            start = tl.minimum(tl.maximum(tl.load(offsets + sequence).to(tl.int64), 0), count)
-            end = tl.minimum(tl.maximum(tl.load(offsets + sequence + 1).to(tl.int64), start), count)
+            start = offset(offsets, 1, sequence, 0, count)
+            end = offset(offsets, 1, sequence + 1, start, count)
         advantage = tl.zeros([BLOCK], tl.float64)
         if ADVANTAGE == "sequence":
             advantage += tl.load(advantages + sequence).to(tl.float64)
 
         # what a sum over the sequence decides
         tokens, sum_change, sum_log_weight, sum_difference, sum_away = none, none, none, none, none
-        if PADDED and (MEAN or SUMS_FIRST):
+        if COUNTED_FIRST and not SUMS_FIRST:
             for first in range(start, end, BLOCK):
                 tokens += tl.sum(live_tokens(mask, first + lane, end, PADDED).to(tl.float64), 0)
         if not PADDED:
             tokens += (end - start).to(tl.float64)
-        size = tl.maximum(tokens, 1.0)
         if SUMS_FIRST:
             for first in range(start, end, BLOCK):
                 index = first + lane
                 live = live_tokens(mask, index, end, PADDED)
+                if PADDED:
+                    tokens += tl.sum(live.to(tl.float64), 0)
                 lp, before = read(logprobs, index, live), read(old, index, live)
                 if ADVANTAGE == "token":
                     advantage = read(advantages, index, live)
@@ -194,6 +191,7 @@ def policy_loss_kernel(
                     change = clamp(kept_change(change, advantage, change_low, change_high), -bound, bound)
                 if RATIO != "token":
                     sum_change += tl.sum(tl.where(live, change, 0.0), 0)
+        size = tl.maximum(tokens, 1.0)
         mean_change = sum_change / size
         sequence_weight = none + 1.0
         if IMPORTANCE == "sequence":
@@ -206,7 +204,7 @@ def policy_loss_kernel(
         away_mean = sum_away / size
         share = 1.0 / size if MEAN else none + 1.0
 
-        seen, lows, highs, duals = none, none, none, none
+        lows, highs, duals = none, none, none
         ratios, phis, drops, weights, pulled = none, none, none, none, none
         for first in range(start, end, BLOCK):
             index = first + lane
@@ -282,8 +280,8 @@ def policy_loss_kernel(
             tl.store(grad + index, tl.where(live, own, 0.0), mask=index < end)
             all_loss += tl.sum(term, 0) * share
             ratios += tl.sum(tl.where(live, ratio, 0.0), 0)
-            if PADDED:
-                seen += tl.sum(live.to(tl.float64), 0)
+            if PADDED and not COUNTED_FIRST:
+                tokens += tl.sum(live.to(tl.float64), 0)
             if FAMILY == "clip" or FAMILY == "gmpo" or FAMILY == "dppo_tv":
                 lows += tl.sum((live & below).to(tl.float64), 0)
             if FAMILY != "sapo" and FAMILY != "vespo":
@@ -313,8 +311,6 @@ def policy_loss_kernel(
                 own = tl.load(grad + index, mask=live, other=0.0).to(tl.float64)
                 tl.store(grad + index, own + tl.where(holds, pull, 0.0), mask=live)
 
-        if PADDED:
-            tokens = seen
         size = tl.maximum(tokens, 1.0)
         unit = 1.0 / size if RATIO != "token" else none + 1.0  # a sequence's ratio counts once
         all_tokens += tokens

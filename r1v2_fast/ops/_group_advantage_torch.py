@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from r1v2_fast.ops._packed import bounds_of
+
 Tensors = tuple[torch.Tensor, ...]
 EMPTY = {"sum": 0.0, "max": -torch.inf, "min": torch.inf}  # of a group without members
 
@@ -33,7 +35,7 @@ class _Ragged(NamedTuple):
     @classmethod
     def of(cls, offsets: torch.Tensor, count: int) -> _Ragged:
         """Whatever the offsets are, their bounds cover [0, count] and do not decrease."""
-        bounds = offsets.long().clamp(0, count).cummax(0).values
+        bounds = bounds_of(offsets.long(), count)
         bounds[0], bounds[-1] = 0, count
         numbers = torch.arange(len(bounds) - 1, device=bounds.device)
         return cls(bounds, numbers.repeat_interleave(bounds.diff(), output_size=count))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 
 import torch
-import torch.nn.functional as F
+
+from r1v2_fast.ops._packed import bounds_of, repeats_of, spread
 
 
 class Layout:
@@ -19,7 +20,7 @@ class Layout:
         else:
             assert offsets is not None
             self.sequences, self.longest = len(offsets) - 1, 0
-            self.bounds = offsets.clamp(0, tokens.numel()).cummax(0).values  # on a GPU nobody looked at them
+            self.bounds = bounds_of(offsets, tokens.numel())
             places = torch.arange(tokens.numel(), device=tokens.device)
             self.live = (places >= self.bounds[0]) & (places < self.bounds[-1])  # others belong to nobody
             self.lengths = self.bounds.diff().double()
@@ -74,7 +75,9 @@ class Layout:
         """[N]; 0 for tokens of no sequence."""
         if self.padded:
             return values_B[:, None].expand(self.sequences, self.longest).reshape(-1)
-        repeats = F.pad(self.bounds, (1, 1)).diff()
-        repeats[-1] += self.tokens_given
-        numbers = F.pad(values_B.to(torch.uint8) if values_B.dtype == torch.bool else values_B, (1, 1))
-        return torch.repeat_interleave(numbers, repeats, output_size=self.tokens_given).to(values_B.dtype)
+        numbers = values_B.to(torch.uint8) if values_B.dtype == torch.bool else values_B
+        return spread(numbers, self._repeats, self.tokens_given).to(values_B.dtype)
+
+    @functools.cached_property
+    def _repeats(self) -> torch.Tensor:
+        return repeats_of(self.bounds, self.tokens_given)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from r1v2_fast.ops import _backend
 from r1v2_fast.ops._number import checked, split
 from r1v2_fast.ops._once import differentiable_once
+from r1v2_fast.ops._packed import bounds_of, repeats_of, spread
 
 _backend.register("mpo_loss", ("triton", _backend.triton_why_not))
 
@@ -146,7 +147,7 @@ def _torch_impl(
 ):
     """fp64 inside: sums cancel, and what follows them has one entry a pair."""
     count, pairs, given = len(logprobs), (len(offsets) - 1) // 2, Numbers(*numbers)
-    bounds = offsets.clamp(0, count).cummax(0).values  # on a GPU nobody looked at them
+    bounds = bounds_of(offsets, count)
     chosen_lengths = bounds[: pairs + 1].diff().double()
 
     def scalar(tensor, number):
@@ -175,11 +176,8 @@ def _torch_impl(
     pull = given.preference * ((1 - given.label_smoothing) * won - given.label_smoothing * lost)
     slope = -pull - given.quality * high - given.generation * (share / over_generated)
     slopes = torch.cat([slope, pull + given.quality * low])
-    # tokens of no sequence, before the first or behind the last, get 0
-    repeats = F.pad(bounds, (1, 1)).diff()
-    repeats[-1] += count
     wide = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
-    grad = torch.repeat_interleave(F.pad(slopes, (1, 1)).to(wide), repeats, output_size=count)
+    grad = spread(slopes.to(wide), repeats_of(bounds, count), count)
     return loss.to(wide), metrics.to(wide), rewards.to(wide), grad
 
 
