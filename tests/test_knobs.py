@@ -2,6 +2,7 @@
 
 import inspect
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -100,6 +101,7 @@ def test_the_keys_of_a_recipe_are_the_arguments_of_the_ops_with_their_defaults()
     made_by_the_stage = {"informative_from", "informative_tol", "zero_uninformative", "component_weights", "backend"}
     made_by_the_stage |= {name for name in _keywords(ops.policy_loss) if name.endswith(("logprobs", "normalizer"))}
     made_by_the_stage |= {"mask", "offsets", "importance_weights", "token_weights", "entropy"}
+    assert set(get_args(config.PolicyLoss.model_fields["kind"].annotation)) == set(KINDS)
     another_default = {"rollout_mode"}  # null: behaviour_cap's weight
     for section, op in ((config.PolicyLoss, ops.policy_loss), (config.Advantages, ops.group_advantages)):
         keywords = {name: value for name, value in _keywords(op).items() if name not in made_by_the_stage}

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from bench.case import Case, Provider
-from bench.peers_linear_logprob import Peer, _from, compiled
+from bench.peers_linear_logprob import _from, compiled
+from bench.peers_losses import PEERS
 from r1v2_fast.ops import group_advantages
 
 GROUP = 8
@@ -85,7 +86,7 @@ def verl(estimator: str):
     def why_not(device: str) -> str | None:
         if estimator == "grpo" and device == "cuda":
             return "its loop over single rewards takes minutes at this size"
-        return Peer("verl", "0.9.1", run, needs_cuda=False).why_not(device)
+        return PEERS["verl"].why_not(device)
 
     uniform = Provider(lambda rewards: run(rewards, np.arange(len(rewards)) // GROUP), why_not)
     return uniform, Provider(lambda given: run(given.rewards, given.ids), why_not)
@@ -106,7 +107,7 @@ def uniform_case(n: int, devices: tuple[str, ...]) -> Case:
             "ours": Provider(ours),
             "pytorch": Provider(pytorch),
             "compile": Provider(compiled(pytorch)),
-            "trl": Provider(trl, Peer("trl", "1.16.0", trl, needs_cuda=False).why_not),
+            "trl": Provider(trl, PEERS["trl"].why_not),
             **{name: providers[0] for name, providers in ESTIMATORS.items()},
         },
         devices=devices,

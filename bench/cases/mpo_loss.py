@@ -5,16 +5,15 @@ P pairs, T padded length, N tokens: P chosen sequences, then their rejected ones
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from bench.case import Case, Outputs, Provider
-from bench.peers_linear_logprob import PEERS, compiled
+from bench.peers_linear_logprob import compiled
+from bench.peers_losses import PEERS, trl_dpo
 from r1v2_fast.ops import mpo_loss
 
 
@@ -78,35 +77,9 @@ def truth(given: Inputs) -> Outputs:
     return plain(formula)(exact)
 
 
-def trl_loss(
-    logprobs_PT: torch.Tensor, reference_PT: torch.Tensor, mask: torch.Tensor, types: list[str], weights: list[float],
-    *, beta: float = 0.1, label_smoothing: float = 0.0, log_sum_sq_probs: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, dict[str, float]]:  # fmt: skip
-    """DPOTrainer's own code, and what it logs, which it does not leave out: the stub's model hands out the log-probs."""
-    from trl.trainer.dpo_trainer import DPOTrainer
-
-    zeros, same = torch.zeros_like(logprobs_PT), lambda value: value
-    logged: dict[str, list] = defaultdict(list)
-    outputs = SimpleNamespace(log_probs=logprobs_PT, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool())
-    outputs.log_sum_sq_probs = log_sum_sq_probs
-    accelerator = SimpleNamespace(device=mask.device, gather=same, gather_for_metrics=same)
-    stub: Any = SimpleNamespace(
-        model=SimpleNamespace(training=True), accelerator=accelerator, aux_loss_enabled=False, ld_alpha=None,
-        precompute_ref_logps=True, f_divergence_type="reverse_kl", loss_types=types, loss_weights=weights, beta=beta,
-        label_smoothing=label_smoothing, use_weighting=log_sum_sq_probs is not None, _metrics={"train": logged},
-        _total_train_tokens=0, _tp_size=1,
-    )  # fmt: skip
-    chosen, rejected = reference_PT.sum(1).chunk(2)
-    tokens = F.pad(mask.long(), (1, 0))  # behind a prompt of one
-    batch = {"input_ids": tokens, "attention_mask": tokens, "completion_mask": tokens}
-    batch |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
-    loss = DPOTrainer._compute_loss(stub, lambda **_: outputs, batch, False)
-    return loss, {name: values[-1] for name, values in logged.items()}
-
-
 def trl(logprobs, reference, places, mask, chosen_tokens):
     rows = padded(logprobs, places, mask), padded(reference, places, mask)
-    return trl_loss(*rows, mask, ["sigmoid", "bco_pair", "sft"], [0.8, 0.2, 1.0])[0]
+    return trl_dpo(*rows, mask, ["sigmoid", "bco_pair", "sft"], [0.8, 0.2, 1.0])[0]
 
 
 def case(name: str, pairs: int, shortest: int, longest: int) -> Case:

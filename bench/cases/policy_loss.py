@@ -10,7 +10,7 @@ import torch
 
 from bench.case import Case, Outputs, Provider
 from bench.peers_linear_logprob import compiled
-from bench.peers_policy_loss import PEERS
+from bench.peers_losses import PEERS
 from r1v2_fast.ops import policy_loss
 
 Loss = Callable[

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench.cases.mpo_loss import trl_loss
+from bench.peers_losses import trl_dpo
 from r1v2_fast.ops import RewardShift, mpo_loss
 
 pytestmark = pytest.mark.peers
@@ -47,7 +47,7 @@ def trl(logprobs, ref, types, weights, *, rows=slice(None), squares=None, **opti
     leaf = logprobs.clone().requires_grad_()
     squares = None if squares is None else padded(squares)[rows]
     sides = padded(leaf)[rows], padded(ref)[rows], MASK[rows]
-    loss, logged = trl_loss(*sides, types, weights, log_sum_sq_probs=squares, **options)
+    loss, logged = trl_dpo(*sides, types, weights, log_sum_sq_probs=squares, **options)
     return [loss.detach(), torch.autograd.grad(loss, leaf)[0]], logged
 
 

@@ -1,12 +1,14 @@
-"""Trainers' own policy losses on given log-probs [B, T], as they call them: TRL's and verl's code, not their formulas."""
+"""Trainers' own losses on given log-probs, padded [B, T], as they call them: TRL's and verl's code, not their formulas."""
 
 from __future__ import annotations
 
 import functools
 from collections import defaultdict
 from types import SimpleNamespace
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from bench.peers_linear_logprob import Peer, _from
 
@@ -62,6 +64,30 @@ def verl(loss: str, mode: str, logprobs: torch.Tensor, old: torch.Tensor, advant
     function = _from("verl.trainer.ppo.core_algos", "get_policy_loss_fn")(loss)
     ones = torch.ones_like(logprobs)
     return function(old, logprobs, advantages[:, None].expand_as(ones), ones, mode, _verl_config())[0]
+
+
+def trl_dpo(
+    logprobs_PT: torch.Tensor, reference_PT: torch.Tensor, mask: torch.Tensor, types: list[str], weights: list[float],
+    *, beta: float = 0.1, label_smoothing: float = 0.0, log_sum_sq_probs: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, dict[str, float]]:  # fmt: skip
+    """DPOTrainer's own code, and what it logs, which it does not leave out: the stub's model hands out the log-probs."""
+    zeros, same = torch.zeros_like(logprobs_PT), lambda value: value
+    logged: dict[str, list] = defaultdict(list)
+    outputs = SimpleNamespace(log_probs=logprobs_PT, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool())
+    outputs.log_sum_sq_probs = log_sum_sq_probs
+    accelerator = SimpleNamespace(device=mask.device, gather=same, gather_for_metrics=same)
+    stub: Any = SimpleNamespace(
+        model=SimpleNamespace(training=True), accelerator=accelerator, aux_loss_enabled=False, ld_alpha=None,
+        precompute_ref_logps=True, f_divergence_type="reverse_kl", loss_types=types, loss_weights=weights, beta=beta,
+        label_smoothing=label_smoothing, use_weighting=log_sum_sq_probs is not None, _metrics={"train": logged},
+        _total_train_tokens=0, _tp_size=1,
+    )  # fmt: skip
+    chosen, rejected = reference_PT.sum(1).chunk(2)
+    tokens = F.pad(mask.long(), (1, 0))  # behind a prompt of one
+    batch = {"input_ids": tokens, "attention_mask": tokens, "completion_mask": tokens}
+    batch |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+    loss = _from("trl.trainer.dpo_trainer", "DPOTrainer")._compute_loss(stub, lambda **_: outputs, batch, False)
+    return loss, {name: values[-1] for name, values in logged.items()}
 
 
 PEERS = {
