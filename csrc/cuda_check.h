@@ -1,8 +1,13 @@
 // CUDA errors as exceptions that name the op and its shape.
 #pragma once
 
+#ifdef R1V2_FAST_EMULATED
+#include "emulated_cuda.h"  // tests/native_checks
+#else
 #include <cuda_runtime.h>
+#endif
 
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 

@@ -1,62 +1,85 @@
-// The exponential race of sample_by_priority, shared by the CPU and the GPU: what is tested on one holds on the other.
-// Philox 4x32-10: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC 2011).
+// sample_by_priority: the k smallest keys of the exponential race (race.h), found without making every key.
+// A limit lets about k + 6 sqrt(k) indices through; only their keys are made, in fp64, and ordered. With S the sum of masses
+// p^alpha, the time T = want / S lets at most `want` through in the mean; fewer where a few indices hold most of S. The race
+// has no memory: with R the mass of those not through, T then grows by what is missing over R.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define HOST_DEVICE __host__ __device__ inline
-#else
-#define HOST_DEVICE inline
-#endif
+#include "race.h"
 
 namespace r1v2_fast {
 
-struct Words {
-  uint32_t w[4];
+// How many a limit should let through, so that fewer than k come once in 10^9
+HOST_DEVICE double wanted(int64_t k) { return k + 6.0 * sqrt(static_cast<double>(k)) + 16.0; }
+
+// log(e^limit + missing / rest)
+HOST_DEVICE double raised(double limit, double missing, const Mass& rest) {
+  const double step = fixed_log(missing) - rest.log();
+  const double high = limit > step ? limit : step, low = limit > step ? step : limit;
+  if (!(low > high - 700.0)) return high;
+  const Mass ratio = fixed_exp(low - high);
+  return high + fixed_log(1.0 + shrunk(ratio.scale, ratio.exponent));
+}
+
+// The limits tried: what let too few through is raised, what let too many through is lowered, between the two it is halved.
+struct Limit {
+  double now, low = -INFINITE_KEY, high = INFINITE_KEY;
+  int raises = 0;
+  double stride = 0.5;
+
+  HOST_DEVICE void raise(double missing, const Mass& rest) {
+    low = now;
+    now = raised(low, missing, rest);
+    // masses decades apart come one a round: from the third on go further, and lower it again if that was too far
+    if (++raises > 2) now += stride *= 2.0;
+    if (!(now > low)) now = low + 1.0;
+    if (!(now < high)) now = 0.5 * (low + high);
+  }
+  HOST_DEVICE void lower() {
+    high = now;
+    now = low > -INFINITE_KEY ? 0.5 * (low + high) : high - (stride *= 2.0);
+  }
 };
 
-// key = seed, counter = index; the upper half of the counter is zero
-HOST_DEVICE Words philox(uint64_t index, uint64_t seed) {
-  uint32_t c0 = static_cast<uint32_t>(index), c1 = static_cast<uint32_t>(index >> 32), c2 = 0, c3 = 0;
-  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t a = static_cast<uint64_t>(0xD2511F53u) * c0, b = static_cast<uint64_t>(0xCD9E8D57u) * c2;
-    c0 = static_cast<uint32_t>(b >> 32) ^ c1 ^ k0;
-    c2 = static_cast<uint32_t>(a >> 32) ^ c3 ^ k1;
-    c1 = static_cast<uint32_t>(b);
-    c3 = static_cast<uint32_t>(a);
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
-  return {{c0, c1, c2, c3}};
+struct Drawn {
+  int64_t positive = 0;    // priorities that can be drawn
+  int64_t first_bad = -1;  // index of the first that is NaN, infinite or negative
+};
+
+// indices [k], -1 behind the last that can be drawn; probabilities [k] of a single draw, p^alpha / S
+template <typename T>
+Drawn priority_sample_cpu(const T* priorities, int64_t count, int64_t k, uint64_t seed, double alpha, int64_t* indices,
+                          T* probabilities, int threads);
+
+// What the GPU needs beside its results. Candidates that overflow `capacity` cost a round with a lower limit.
+struct SampleSpace {
+  void* head;           // [SAMPLE_HEAD_BYTES]
+  int64_t capacity;     // of the rest: sample_capacity(count, k)
+  double* keys;         // [capacity]
+  int64_t* candidates;  // [capacity]
+  void* shares;         // [capacity] T where the caller sorts by (key, index): probabilities in the candidates' order;
+                        // null: the kernel ranks them itself, in time quadratic in k, up to RANKED_MOST
+};
+
+constexpr int SAMPLE_BLOCKS = 2048;
+constexpr int64_t SAMPLE_HEAD_BYTES = 32 + 32 * SAMPLE_BLOCKS, RANKED_MOST = 8192;
+
+inline int64_t sample_capacity(int64_t count, int64_t k) {
+  const double most = wanted(k) + 6.0 * std::sqrt(wanted(k)) + 64.0;
+  return most < static_cast<double>(count) ? static_cast<int64_t>(most) : count;
 }
 
-// -log(u), u = (w1 2^32 + w0 + 1) 2^-64 in (0, 1]; near u = 1 from the complement, whose low bits a double keeps
-HOST_DEVICE double exponential(uint64_t index, uint64_t seed) {
-  const Words words = philox(index, seed);
-  const double low = words.w[0], high = words.w[1];
-  const double u = (high * 4294967296.0 + low + 1.0) * 0x1p-64;
-  double e;
-  if (u < 0.5) {
-    e = -std::log(u);
-  } else {
-    const double high_c = 0xFFFFFFFFu - words.w[1], low_c = 0xFFFFFFFFu - words.w[0];
-    e = -std::log1p(-(high_c * 4294967296.0 + low_c) * 0x1p-64);
-  }
-  return e < 0x1p-65 ? 0x1p-65 : e;
-}
+// One launch, no sync. priorities: 16-byte aligned; status [3] on the device: positive, first_bad, 1 where no limit was found
+template <typename T>
+void priority_sample_cuda(const T* priorities, int64_t count, int64_t k, uint64_t seed, double alpha,
+                          const SampleSpace& space, int64_t* indices, T* probabilities, int64_t* status, int device,
+                          void* stream);
 
-// log(E_i) - alpha log(p_i): the k smallest keys are a draw without replacement in proportion to p^alpha
-HOST_DEVICE double race_key(double priority, uint64_t index, uint64_t seed, double alpha) {
-  if (!(priority > 0.0)) return INFINITY;
-  return std::log(exponential(index, seed)) - alpha * std::log(priority);
-}
-
+// All N keys: what the samplers are tested against
 template <typename T>
 void race_keys_cpu(const T* priorities, double* keys, int64_t count, uint64_t seed, double alpha);
-
 template <typename T>
 void race_keys_cuda(const T* priorities, double* keys, int64_t count, uint64_t seed, double alpha, int device,
                     void* stream);
