@@ -4,6 +4,7 @@ from r1v2_fast.ops.group_advantage import GroupAdvantages, group_advantages, gro
 from r1v2_fast.ops.linear_logprob import LogProbs, linear_logprobs, logprobs_from_logits
 from r1v2_fast.ops.mpo_loss import MPOLoss, mpo_loss
 from r1v2_fast.ops.policy_loss import PolicyLoss, policy_loss
+from r1v2_fast.ops.priority_index import PriorityIndex
 from r1v2_fast.ops.priority_sample import PrioritySample, sample_by_priority
 from r1v2_fast.ops.reward_shift import RewardShift
 
@@ -16,6 +17,7 @@ __all__ = [
     "mpo_loss",
     "RewardShift",
     "sample_by_priority",
+    "PriorityIndex",
     "LogProbs",
     "GroupAdvantages",
     "PolicyLoss",
