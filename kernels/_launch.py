@@ -1,7 +1,8 @@
 """Launch parameters from one JSON per device beside this file, by the nearest shape; a warning once where it is absent.
 
-`linear_logprob.NVIDIA_H200.json` holds [{"V": 152064, "BLOCK": 4096, "num_warps": 8, "STAGES": 2}, ...]. They change how a
-sum is split, so they depend on V alone: the same row gives the same bits in a batch of any size.
+`linear_logprob.NVIDIA_H200.json` holds [{"V": 152064, "BLOCK": 4096, "num_warps": 8, "STAGES": 2}, ...], with "rows": "cuda"
+where the row kernel of `_C` was faster. They change how a sum is split, so they depend on V alone: the same row gives the
+same bits in a batch of any size.
 """
 
 import functools
@@ -10,6 +11,7 @@ import math
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,7 +23,7 @@ def path(stem: str, name: str) -> Path:
 
 
 @functools.cache
-def _table(stem: str, name: str) -> tuple[dict[str, int], ...]:
+def _table(stem: str, name: str) -> tuple[dict[str, Any], ...]:
     file = path(stem, name)
     if file.is_file():
         return tuple(json.loads(file.read_text(encoding="utf-8")))
@@ -33,7 +35,7 @@ def _table(stem: str, name: str) -> tuple[dict[str, int], ...]:
     return ()
 
 
-def nearest(rows: tuple[dict[str, int], ...], V: int) -> dict[str, int]:
+def nearest(rows: tuple[dict[str, Any], ...], V: int) -> dict[str, Any]:
     """The entry whose V is nearest by ratio, without its V."""
     if not rows:
         return DEFAULT
@@ -45,4 +47,10 @@ def parameters(stem: str, device: torch.device, V: int) -> dict[str, int]:
     """BLOCK, num_warps and STAGES for rows of V logits. Off a GPU (the interpreter) the defaults serve."""
     if device.type != "cuda":
         return DEFAULT
-    return nearest(_table(stem, torch.cuda.get_device_name(device)), V)
+    found = nearest(_table(stem, torch.cuda.get_device_name(device)), V)
+    return {key: value for key, value in found.items() if key != "rows"}
+
+
+def row_pass(stem: str, device: torch.device, V: int) -> str:
+    """The backend whose row kernel was measured to be the faster one for such rows: "cuda", else "triton"."""
+    return nearest(_table(stem, torch.cuda.get_device_name(device)), V).get("rows", "triton")

@@ -12,6 +12,7 @@ from bench.case import Case, Outputs, Provider
 from bench.matmuls import matmuls
 from bench.peers_linear_logprob import PEERS, LogProb, compiled
 from bench.peers_linear_logprob import pytorch as plain
+from r1v2_fast.ops import _linear_logprob_native as native
 from r1v2_fast.ops import linear_logprobs
 from r1v2_fast.reference import linear_logprob as reference
 from r1v2_fast.testing.peaked import TAU, peaked_policy
@@ -117,6 +118,11 @@ def case(kind: str, n: int, h: int, v: int, dtype: torch.dtype, devices: tuple[s
     mine = {"ours": Provider(ours)}
     if kind == "tolerance":
         mine = {"ours": Provider(partial(ours, grad_tolerance=TAU)), "exact": Provider(ours)}
+    if "cuda" in devices:  # the backend that `ours`, which is `auto`, takes where `bench tune` found it faster
+        mine["cluster rows"] = Provider(
+            partial(ours, backend="cuda"),
+            lambda device: native.why_not(device) or native.lacks(torch.empty(0, device=device), v),
+        )
     peers = {peer: provider(found.function, found.why_not) for peer, found in PEERS.items()}
     floor = Provider(lambda given: matmuls(given.hidden, given.weight, products), floor=True)
     return Case(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from r1v2_fast.ops import _linear_logprob_chunks as chunks
+from r1v2_fast.ops import _linear_logprob_native as native
 from r1v2_fast.ops._backend import on_device_of
 from r1v2_fast.ops._linear_logprob_matmul import accumulator, exact
 from r1v2_fast.ops._linear_logprob_pass import Plan, kept_rows
@@ -88,7 +89,7 @@ def _prepared(
         ),
         hidden.dtype,
         tuple(outputs),
-        backend,
+        native.resolved(backend, hidden, len(weight)),
         shard,
         workspace,
         ignore_index,

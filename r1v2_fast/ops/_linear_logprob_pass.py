@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from r1v2_fast.ops import _linear_logprob_native as native
 from r1v2_fast.ops import _linear_logprob_rows as rows
 from r1v2_fast.ops._linear_logprob_matmul import HALVES, accumulator, back_project, project
 from r1v2_fast.ops._linear_logprob_rows import Raw, Shaping
@@ -30,7 +31,7 @@ class Plan:
     shaping: Shaping
     compute: torch.dtype
     outputs: tuple[str, ...]
-    backend: str
+    backend: str  # "cuda" replaces Triton's row kernel alone
     shard: Shard | None
     workspace: int | None = None
     ignore_index: int = -100
@@ -45,12 +46,17 @@ class Plan:
         return self.vocabulary if self.shard is None else self.shard.vocabulary
 
     @property
+    def fused(self) -> bool:
+        """Kernels make the rows, not PyTorch."""
+        return self.backend != "torch"
+
+    @property
     def target_apart(self) -> bool:
         """D is 0 at the target, whose term, the largest, is added in the end: it loses nothing in the matmul's sum.
 
         Not where a kernel writes D in 16 bits, whose rounding outweighs that, unless other shards hold what it sums.
         """
-        return self.shard is not None or not (self.backend == "triton" and self.compute in HALVES)
+        return self.shard is not None or not (self.fused and self.compute in HALVES)
 
     @property
     def wide(self) -> torch.dtype:
@@ -81,7 +87,7 @@ class Plan:
 
     def _beside(self, grad: bool, entropy_grad: bool) -> int:
         """Bytes a row beside its logits: the kernel's matrices, or the temporaries of the row pass on torch."""
-        if self.backend == "triton":
+        if self.fused:
             return self.vocabulary * self.compute.itemsize * (grad * (self.compute in HALVES) + entropy_grad)
         shaping = self.shaping
         tiles = (shaping.softcap is not None and (grad or entropy_grad)) + ("entropy" in self.outputs or entropy_grad)
@@ -91,7 +97,7 @@ class Plan:
 
     def _scratch(self) -> int:
         """Bytes a row of the kernel that selects entries."""
-        return 16 * candidates(self.vocabulary) if self.tolerance and self.backend == "triton" else 0
+        return 16 * candidates(self.vocabulary) if self.tolerance and self.fused else 0
 
 
 def candidates(vocabulary: int) -> int:
@@ -164,8 +170,8 @@ def run_chunk(
 ) -> Chunk:
     targets = plan.here(targets_n)
     project(hidden_nH, plan.weight, logits_nV)
-    if plan.backend == "triton":
-        return _triton_chunk(logits_nV, targets, at, plan, grad, entropy_grad, into)
+    if plan.fused:
+        return _fused_chunk(logits_nV, targets, at, plan, grad, entropy_grad, into)
     outputs = plan.outputs + (("entropy",) if entropy_grad else ())
     part = rows.row_pass(logits_nV, targets, plan.shaping, at, outputs, grad=grad, entropy_grad=entropy_grad)
     whole = plan.combined(part.raw, targets)
@@ -179,7 +185,7 @@ def run_chunk(
     return Chunk(whole, matrix, entropy_matrix, scale)
 
 
-def _triton_chunk(logits_nV, targets, at, plan: Plan, grad: bool, entropy_grad: bool, into) -> Chunk:
+def _fused_chunk(logits_nV, targets, at, plan: Plan, grad: bool, entropy_grad: bool, into) -> Chunk:
     from r1v2_fast.kernels import linear_logprob_grads as grads
 
     matrix = entropy_matrix = entropy_scale = None
@@ -190,7 +196,7 @@ def _triton_chunk(logits_nV, targets, at, plan: Plan, grad: bool, entropy_grad: 
             matrix = logits_nV if in_place else room(logits_nV, len(logits_nV), plan.vocabulary, plan.compute)
     head = triton_head(logits_nV, plan.shaping, at, padded=True)
     outputs = plan.outputs + (("entropy",) if entropy_grad else ())
-    own = triton_rows(head, targets, outputs, matrix, own=not plan.target_apart, padded=True)
+    own = fused_rows(plan, head, targets, outputs, matrix, own=not plan.target_apart)
     whole = plan.combined(own, targets)
     if entropy_grad:
         shift = (own.top - whole.top) - whole.mean_distance()
@@ -198,6 +204,15 @@ def _triton_chunk(logits_nV, targets, at, plan: Plan, grad: bool, entropy_grad: 
         factor = grads.launch_entropy(head, own.top, shift, entropy_matrix)
         entropy_scale = (own.top - whole.top).exp() / factor
     return Chunk(whole, matrix, entropy_matrix, entropy_scale)
+
+
+def fused_rows(plan: Plan, head: dict, targets_n: torch.Tensor, outputs, matrix_nV=None, *, own: bool = False) -> Raw:
+    """Statistics of rows in a `room`, and D into another, by the plan's row kernel."""
+    if plan.backend != "cuda":
+        return triton_rows(head, targets_n, outputs, matrix_nV, own=own, padded=True)
+    stacked = rows.raw_room(head["logits"], len(targets_n), torch.float32)
+    native.launch(head, targets_n, stacked, matrix_nV, outputs, own=own)
+    return rows.raw_of(stacked)
 
 
 def triton_rows(

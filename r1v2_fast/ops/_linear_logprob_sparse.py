@@ -10,7 +10,15 @@ import torch
 import torch.nn.functional as F
 
 from r1v2_fast.ops._linear_logprob_matmul import back_project, project
-from r1v2_fast.ops._linear_logprob_pass import Plan, add_target, candidates, run_chunk, triton_head, triton_rows
+from r1v2_fast.ops._linear_logprob_pass import (
+    Plan,
+    add_target,
+    candidates,
+    fused_rows,
+    run_chunk,
+    triton_head,
+    triton_rows,
+)
 from r1v2_fast.ops._linear_logprob_rows import Raw
 
 FOLD = 16  # rows of the view in which the largest entries are looked for
@@ -39,8 +47,8 @@ class Dense:
 
 def unit_product(hidden_nH, targets_n, at, plan: Plan, logits_nV, dense: Dense) -> tuple[Raw, torch.Tensor]:
     """(statistics, D scale W [n, H] within the tolerance, summed over the shards), but for rows given to `dense`."""
-    if plan.backend == "triton":
-        raw, product = _triton(hidden_nH, targets_n, at, plan, logits_nV)
+    if plan.fused:
+        raw, product = _fused(hidden_nH, targets_n, at, plan, logits_nV)
     else:
         chunk = run_chunk(hidden_nH, targets_n, at, plan, logits_nV, grad=True)
         assert chunk.matrix is not None
@@ -116,14 +124,14 @@ def _gathered(values_mK: torch.Tensor, ids_mK: torch.Tensor, wanted_mK: torch.Te
     return F.embedding_bag(flat, weight, counts.cumsum(0) - counts, mode="sum", per_sample_weights=values_mK[wanted_mK])
 
 
-def _triton(hidden_nH, targets_n, at, plan: Plan, logits_nV) -> tuple[Raw, torch.Tensor]:
+def _fused(hidden_nH, targets_n, at, plan: Plan, logits_nV) -> tuple[Raw, torch.Tensor]:
     from r1v2_fast.kernels import linear_logprob as kernel
     from r1v2_fast.kernels import linear_logprob_sparse as sparse
 
     targets, weight = plan.here(targets_n), plan.weight
     project(hidden_nH, weight, logits_nV)
     head = triton_head(logits_nV, plan.shaping, at, padded=True)
-    whole = plan.combined(triton_rows(head, targets, plan.outputs), targets)
+    whole = plan.combined(fused_rows(plan, head, targets, plan.outputs), targets)
     entries = sparse.launch_select(
         head, targets, whole.top.contiguous(), whole.sum(), _budget(plan), candidates(plan.vocabulary)
     )

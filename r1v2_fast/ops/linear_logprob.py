@@ -11,13 +11,14 @@ import torch
 import torch.distributed as dist
 
 from r1v2_fast.ops import _backend
+from r1v2_fast.ops import _linear_logprob_native as native
 from r1v2_fast.ops._linear_logprob_autograd import LinearLogProb
 from r1v2_fast.ops._linear_logprob_logits import from_logits
 from r1v2_fast.ops._linear_logprob_rows import OUTPUTS
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
-_backend.register("linear_logprob", ("triton", _backend.triton_why_not))
+_backend.register("linear_logprob", ("triton", _backend.triton_why_not), ("cuda", native.why_not))
 
 
 class LogProbs(NamedTuple):
@@ -71,6 +72,8 @@ def linear_logprobs(
     DTensor         a sharded weight is gathered; its gradient is averaged over the mesh
     raises          ValueError on wrong shapes, dtypes, names, or (on the CPU) targets outside the vocabulary or
                     forbidden; RuntimeError where the backend cannot run
+    backend         "triton": one read of the logits in bf16, two in fp16 and fp32; "cuda": one read in each, on sm_90 and
+                    newer up to V = 262,144, beside the same Triton kernels; "auto": the faster one where `bench tune` has run
     source          d logprob_t / d h = logit_scale / T sum_v (1hot - p)_v (1 - (s_v / softcap)^2) W_v holds under any loss
     """
     if process_group is not None and type(weight).__name__ == "DTensor":
@@ -96,6 +99,8 @@ def linear_logprobs(
     if hidden.dtype != torch.float64 and torch.is_autocast_enabled(hidden.device.type):  # autocast leaves fp64 alone
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     chosen = _backend.pick("linear_logprob", backend, hidden, lacks=("triton", _triton_lacks(hidden)))
+    if (backend, chosen) == ("auto", "triton"):
+        chosen = "auto"  # between two row kernels, by what was measured: see _linear_logprob_native
     if needs_grad is not None and needs_grad.device.type != "cpu":
         if not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
@@ -181,6 +186,11 @@ def logprobs_from_logits(
     if not logits.shape[-1]:
         raise ValueError(f"logits must have a vocabulary, got {tuple(logits.shape)}")
     _check_values(targets, temperature, softcap, forbidden, outputs, logits, ignore_index)
+    if backend == "cuda":
+        raise RuntimeError(
+            "logprobs_from_logits cannot run with backend='cuda': that row kernel reads the padded fp32 rows which "
+            "linear_logprobs makes; use backend='triton'"
+        )
     chosen = _backend.pick("linear_logprob", backend, logits, lacks=("triton", _triton_lacks(logits)))
     wanted = tuple(name for name in OUTPUTS if name in outputs)
     logprobs, extras = from_logits(
