@@ -4,21 +4,28 @@ GPU_PYTHON ?= python3
 RECIPE ?= digits
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+NATIVE := .venv/.native
+CUDA ?= auto
 
 .PHONY: train test slow peers lint types bench gpu gpu-build gpu-test gpu-sanitize gpu-bench wheel
 
-$(INSTALLED): pyproject.toml constraints.txt setup.py
+$(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train,digits,dev]'
+	touch $@ $(NATIVE)
+
+# an editable install does not see that csrc changed
+$(NATIVE): $(INSTALLED) setup.py $(wildcard csrc/*)
+	$(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@
 
-train: $(INSTALLED)
+train: $(NATIVE)
 	$(BIN)/r1v2-fast train $(RECIPE)
 
-test: $(INSTALLED)
+test: $(NATIVE)
 	$(BIN)/python -m pytest -m "not slow and not gpu" --ignore tests/peers
 
-slow: $(INSTALLED)
+slow: $(NATIVE)
 	$(BIN)/python -m pytest -m slow --ignore tests/peers
 
 # verl pins other releases of its dependencies, and its wheel holds a package named tests: it stands apart
@@ -27,7 +34,7 @@ $(VERL): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet -c constraints.txt trl liger-kernel ray tensordict omegaconf codetiming orjson
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ verl==0.9.1
 
-peers: $(VERL) # our ops against TRL's, Liger's and verl's own code
+peers: $(VERL) $(NATIVE) # our ops against TRL's, Liger's and verl's own code
 	PYTHONPATH=$(VERL) $(BIN)/python -m pytest tests/peers
 
 lint: $(INSTALLED)
@@ -37,10 +44,11 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/mypy
 
-bench: $(VERL) # TRL, Liger and verl's losses are the peers that run on the CPU
+bench: $(VERL) $(NATIVE) # TRL, Liger and verl's losses are the peers that run on the CPU
 	PYTHONPATH=$(VERL) $(BIN)/python -m bench
 
-KERNELS := linear_logprob linear_logprob_grads linear_logprob_sparse group_advantage policy_loss mpo_loss
+KERNELS := linear_logprob linear_logprob_rows linear_logprob_grads linear_logprob_sparse group_advantage policy_loss mpo_loss
+TOOLS := memcheck racecheck initcheck synccheck
 SANITIZER := compute-sanitizer --error-exitcode 1
 
 gpu: gpu-build gpu-test gpu-sanitize gpu-bench # with a CUDA device, nvcc and GPU_PYTHON's torch; needs no network
@@ -52,14 +60,17 @@ gpu-test: gpu-build
 	$(GPU_PYTHON) -m pytest -m gpu --ignore tests/peers
 
 gpu-sanitize: gpu-build
-	$(SANITIZER) $(GPU_PYTHON) -m pytest -m gpu tests/test_native.py
-	for tool in memcheck racecheck initcheck; do for kernel in $(KERNELS); do \
-	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool $(GPU_PYTHON) tests/kernel_checks/$$kernel.py cuda || exit 1; \
-	done; done
+	for tool in $(TOOLS); do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool $(GPU_PYTHON) -m pytest -m gpu -k "not 16777217 and not graph" \
+	    tests/test_native.py tests/test_priority_index.py || exit 1; \
+	  for kernel in $(KERNELS); do \
+	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool $(GPU_PYTHON) tests/kernel_checks/$$kernel.py cuda || exit 1; \
+	  done; done
 
 gpu-bench: # tune first: the row kernel's launch parameters are part of what is measured
 	$(GPU_PYTHON) -m bench tune
 	$(GPU_PYTHON) -m bench --device cuda --output bench/results/gpu.jsonl
+	$(GPU_PYTHON) -m pytest bench/host_overhead.py
 
-wheel: $(INSTALLED)
-	$(BIN)/python -m build --wheel --sdist
+wheel: $(INSTALLED) # an sdist, and a manylinux wheel for every CPython at hand, CUDA=none|auto|1
+	$(BIN)/python tools/wheels.py --cuda $(CUDA)

@@ -7,116 +7,202 @@ CUDA_HOME, CXX   where to find nvcc and the C++ compiler, before the PATH
 
 from __future__ import annotations
 
+import fcntl
+import functools
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-DEFAULT_ARCHS = ["80", "90a", "100", "120"]
-NVCC_HINT = "install the CUDA toolkit 12.8 or newer and set CUDA_HOME, or build the CPU half with R1V2_FAST_CUDA=0"
+BUILD = ROOT / "build" / "native"  # kept between builds, for all interpreters
+CSRC = "../../csrc"  # from there
+ARCHITECTURES = ["80", "90a", "100", "120"]
+OLDEST_NVCC = (12, 0)
+WHAT_WORKS = "install the CUDA toolkit 12.8 or newer and set CUDA_HOME, or build the CPU half with R1V2_FAST_CUDA=0"
+
+COMMON = "-O3 -std=c++17"
+# No contraction: a race key must have the same bits on every machine, and a fused multiply-add rounds once, not twice.
+# -fno-trapping-math lets loops with comparisons become vector code: nobody looks at the flags of exceptions.
+HOST = ["-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-trapping-math", "-pthread", "-Wall"]
+DEVICE = "-lineinfo -Xfatbin -compress-all"  # by itself fatbinary leaves code with line numbers as it is
+EXTRA = {"priority_*.cu": "-fmad=false"}  # what -ffp-contract=off is to the host
+BINDINGS = ["module.cpp", "*_bind.cpp"]  # include Python's headers; the rest is compiled once for all interpreters
+LINK = ["-static-libstdc++", "-static-libgcc", "-pthread"]
+# -fvisibility=hidden leaves libstdc++'s templates visible; unused parts of it want a newer glibc than those in use
+LINKER = [f"--version-script={CSRC}/exports.map", "--gc-sections"]
 
 
-def nvcc() -> str | None:
-    """The nvcc to use, or None; raises where CUDA was asked for and there is none."""
+class Lacking(Exception):
+    """Why there can be no CUDA half."""
+
+
+class Cuda(NamedTuple):
+    nvcc: str
+    version: str
+    architectures: list[str]
+
+
+def extra_flags(source: Path) -> str:
+    return " ".join(flags for pattern, flags in EXTRA.items() if fnmatch(source.name, pattern))
+
+
+def is_binding(source: Path) -> bool:
+    return any(fnmatch(source.name, pattern) for pattern in BINDINGS)
+
+
+def gencode(architectures: list[str]) -> str:
+    """Machine code for each, and PTX of the last without its suffix: a later card can't take what `90a` alone has."""
+    last = architectures[-1].rstrip("af")
+    codes = [f"arch=compute_{name},code=sm_{name}" for name in architectures]
+    return " ".join(f"-gencode {code}" for code in [*codes, f"arch=compute_{last},code=compute_{last}"])
+
+
+@functools.cache
+def cuda() -> Cuda | None:
+    """What compiles the CUDA half, or None; stops where it was asked for and can't be had."""
     wish = os.environ.get("R1V2_FAST_CUDA", "auto")
     if wish not in ("auto", "0", "1"):
         raise SystemExit(f"R1V2_FAST_CUDA must be auto, 1 or 0, got {wish!r}")
     if wish == "0":
         return None
+    try:
+        nvcc, version = find_nvcc()
+        return Cuda(nvcc, version, choose_architectures(nvcc, version, insist=wish == "1"))
+    except Lacking as lack:
+        if wish == "1":
+            raise SystemExit(f"R1V2_FAST_CUDA=1, but {lack}; {WHAT_WORKS}") from None
+        print(f"r1v2_fast: {lack}; building the CPU half of _C")
+        return None
+
+
+def find_nvcc() -> tuple[str, str]:
     home = os.environ.get("CUDA_HOME")
-    found = shutil.which("nvcc", path=f"{home}/bin" if home else None)
-    works = found and subprocess.run([found, "--version"], capture_output=True).returncode == 0
-    if works:
-        return found
-    if wish == "1":
-        raise SystemExit(
-            f"R1V2_FAST_CUDA=1, but nvcc {'does not run: ' + found if found else 'was not found'}; {NVCC_HINT}"
-        )
-    print("r1v2_fast: nvcc not found, building the CPU half of _C")
-    return None
+    path = f"{home}/bin" if home else f"{os.environ.get('PATH', os.defpath)}:/usr/local/cuda/bin"
+    nvcc = shutil.which("nvcc", path=path)
+    if nvcc is None:
+        raise Lacking(f"nvcc was not found {f'in CUDA_HOME={home}' if home else 'on the PATH or in /usr/local/cuda'}")
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True)
+    version = re.search(r"\bV(\d+\.\d+\.\d+)", said.stdout)
+    if said.returncode or version is None:
+        raise Lacking(f"{nvcc} does not run: `nvcc --version` gave {(said.stderr or said.stdout).strip()!r}")
+    if tuple(map(int, version[1].split(".")[:2])) < OLDEST_NVCC:
+        raise Lacking(f"{nvcc} is {version[1]}, older than {'.'.join(map(str, OLDEST_NVCC))}")
+    return nvcc, version[1]
 
 
-def architectures(nvcc: str) -> list[str]:
-    """Those asked for; of the default ones, those this nvcc knows."""
-    if (wish := os.environ.get("R1V2_FAST_ARCHS")) is not None:
-        archs = wish.replace(",", " ").split()
-        if not archs or not all(arch.rstrip("af").isdigit() for arch in archs):
-            raise SystemExit(f"R1V2_FAST_ARCHS must list architectures such as '80 90a', got {archs}")
-        return archs
-    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
-    known = [arch for arch in DEFAULT_ARCHS if f"compute_{arch.rstrip('a')}" in listed]
-    if len(known) < len(DEFAULT_ARCHS):
-        if not known and os.environ.get("R1V2_FAST_CUDA") == "1":
-            raise SystemExit(f"R1V2_FAST_CUDA=1, but {nvcc} knows none of {DEFAULT_ARCHS}; {NVCC_HINT}")
-        print(f"r1v2_fast: this nvcc knows {known or 'none'} of {DEFAULT_ARCHS}; a newer one covers more cards")
+def choose_architectures(nvcc: str, version: str, *, insist: bool) -> list[str]:
+    """Those asked for; else the default ones, without `insist` those of them that this nvcc knows."""
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    wish = os.environ.get("R1V2_FAST_ARCHS")
+    names = ARCHITECTURES if wish is None else wish.replace(",", " ").split()
+    if not names or not all(re.fullmatch(r"\d{2,3}[af]?", name) for name in names):
+        raise SystemExit(f"R1V2_FAST_ARCHS must list architectures such as '80 90a', got {wish!r}")
+    known = [name for name in names if f"compute_{name.rstrip('af')}" in listed]
+    if known == names:
+        return names
+    lack = f"nvcc {version} knows {known or 'none'} of the architectures {names}"
+    if wish is not None:
+        raise SystemExit(f"R1V2_FAST_ARCHS={wish!r}, but {lack}; {nvcc} knows {' '.join(listed)}")
+    if insist or not known:
+        raise Lacking(f"{lack}, which R1V2_FAST_ARCHS sets")
+    print(f"r1v2_fast: {lack}; going on with those, and PTX for newer cards")
     return known
 
 
+class Build(build):
+    """Stops before it copies the package where it can't have what was asked for: pip shows all that was printed."""
+
+    def run(self) -> None:
+        cuda()
+        super().run()
+
+
 class NinjaBuild(build_ext):
-    """Writes build.ninja and runs ninja, which compiles only what changed."""
+    """Writes a ninja file and runs ninja, which compiles only what changed."""
 
     def build_extension(self, ext: Extension) -> None:
-        compiler = shutil.which(os.environ.get("CXX", "g++"))
-        headers = sysconfig.get_path("include")
-        if compiler is None or not Path(headers, "Python.h").is_file():
+        wanted = os.environ.get("CXX") or "g++"
+        compiler = shutil.which(wanted)
+        python = sysconfig.get_path("include")
+        if compiler is None or not Path(python, "Python.h").is_file():
+            lack = f"no C++ compiler ({wanted})" if compiler is None else f"no Python.h in {python} (python3-dev)"
             if os.environ.get("R1V2_FAST_CUDA") == "1":
-                raise SystemExit("R1V2_FAST_CUDA=1 needs a C++17 compiler and Python's headers (python3-dev)")
-            print("r1v2_fast: no C++ compiler or no Python.h: going on without _C, on PyTorch and Triton alone")
+                raise SystemExit(f"R1V2_FAST_CUDA=1 needs a C++17 compiler and Python's headers; there is {lack}")
+            print(f"r1v2_fast: {lack}: going on without _C, on PyTorch and Triton alone")
             return
-        folder = ROOT / "build" / f"native-{sys.implementation.cache_tag}"  # kept between builds, unlike build_temp
-        folder.mkdir(parents=True, exist_ok=True)
-        library = folder / Path(self.get_ext_filename(ext.name)).name
-        (folder / "build.ninja").write_text(self.rules(compiler, headers, nvcc(), library))
+        library = BUILD / Path(self.get_ext_filename(ext.name)).name
+        text = ninja_file(compiler, python, cuda(), library)
         ninja = shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
-        subprocess.run([ninja, "-C", folder] if ninja else [sys.executable, "-m", "ninja", "-C", folder], check=True)
+        command = [ninja] if ninja else [sys.executable, "-m", "ninja"]
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(library, target)
+        BUILD.mkdir(parents=True, exist_ok=True)
+        with (BUILD / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # ninja itself has no lock
+            (BUILD / f"{library.stem}.ninja").write_text(text)
+            if subprocess.run([*command, "-C", BUILD, "-f", f"{library.stem}.ninja"]).returncode:
+                raise SystemExit("r1v2_fast: _C did not compile; the compiler's message is above")
+            fresh = target.with_suffix(".new")
+            shutil.copyfile(library, fresh)
+            fresh.replace(target)  # a process that runs the old one keeps it
 
-    @staticmethod
-    def rules(compiler: str, headers: str, cuda: str | None, library: Path) -> str:
-        import pybind11
 
-        names = architectures(cuda) if cuda else []
-        cuda = cuda if names else None
-        host = "-fPIC -fvisibility=hidden -Wall"
-        common = f"-O3 -std=c++17 -isystem {headers} -isystem {pybind11.get_include()}"
-        common += f" -DR1V2_FAST_ARCHITECTURES='\"{' '.join(names)}\"'"
-        static = ("-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL")
-        if cuda:  # nvcc drives the whole build: it knows where its headers and the static cudart lie
-            code = [f"-gencode arch=compute_{n},code=sm_{n}" for n in names]
-            code.append(f"-gencode arch=compute_{names[-1]},code=compute_{names[-1]}")
-            driver = f"{cuda} -ccbin {compiler}"
-            compile_ = f"{driver} {common} -DR1V2_FAST_CUDA -lineinfo {' '.join(code)} -Xcompiler '{host}'"
-            link = f"{driver} -shared {' '.join(code)} -cudart static $in -o $out " + " ".join(
-                f"-Xcompiler '\"{f}\"'" for f in static
-            )
-        else:
-            compile_ = f"{compiler} {common} {host}"
-            link = f"{compiler} -shared $in -o $out {' '.join(static)}"
-        lines = [
-            "ninja_required_version = 1.5",
-            "rule compile",
-            f"  command = {compile_} -MD -MF $out.d -c $in -o $out",
+def ninja_file(compiler: str, python: str, cuda: Cuda | None, library: Path) -> str:
+    import pybind11
+
+    release = re.search(r"\d+\.\d+\.\d+", subprocess.check_output([compiler, "--version"], text=True))
+    macros = {
+        "R1V2_FAST_ARCHITECTURES": " ".join(cuda.architectures) if cuda else "",
+        "R1V2_FAST_NVCC": cuda.version if cuda else "",
+        "R1V2_FAST_COMPILER": f"{Path(compiler).name} {release[0] if release else ''}".strip(),
+    }
+    flags = [f"-isystem {shlex.quote(folder)}" for folder in (python, pybind11.get_include())]
+    python_flags = " ".join([*flags, *(f"""-D{name}='"{value}"'""" for name, value in macros.items())])
+    cxx = shlex.quote(compiler)
+    rules = {}
+    if cuda:  # nvcc drives it all: it knows where its headers and the static cudart lie
+        nvcc = f"{shlex.quote(cuda.nvcc)} -ccbin {cxx}"
+        rules["cpp"] = f"{nvcc} {COMMON} -DR1V2_FAST_CUDA -Xcompiler={','.join(HOST)}"
+        rules["cu"] = f"{rules['cpp']} {DEVICE} --threads 0 {gencode(cuda.architectures)}"
+        link = f"{nvcc} -shared -cudart static --no-device-link -Xcompiler={','.join(LINK)}"
+        link += f" -Xlinker={','.join(LINKER)}"
+        beside = Path(cuda.nvcc).parent.parent / "lib"  # where PyPI's toolkit has what others have in lib64
+        if (beside / "libcudart_static.a").is_file():
+            link += f" -L{shlex.quote(str(beside))}"
+    else:
+        rules["cpp"] = f"{cxx} {COMMON} {' '.join(HOST)}"
+        link = f"{cxx} -shared {' '.join(LINK)} -Wl,{','.join(LINKER)}"
+    lines = ["ninja_required_version = 1.5"]
+    for rule, command in rules.items():
+        lines += [
+            f"rule {rule}",
+            f"  command = {command} $flags -MD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "  description = compile $in",
-            "rule link",
-            f"  command = {link}",
-            "  description = link $out",
         ]
-        objects = []
-        for source in sorted([*ROOT.glob("csrc/*.cpp"), *(ROOT.glob("csrc/*.cu") if cuda else ())]):
-            objects.append(f"{source.name}.o")
-            lines.append(f"build {objects[-1]}: compile {source}")
-        lines.append(f"build {library.name}: link {' '.join(objects)}")
-        return "\n".join(lines) + "\n"
+    lines += ["rule link", f"  command = {link} $in -o $out", "  description = link $out"]
+    objects = []
+    for source in sorted([*ROOT.glob("csrc/*.cpp"), *(ROOT.glob("csrc/*.cu") if cuda else ())]):
+        binding = is_binding(source)
+        objects.append(f"{source.name}.{library.stem}.o" if binding else f"{source.name}.o")
+        lines.append(f"build {objects[-1]}: {source.suffix[1:]} {CSRC}/{source.name}")
+        lines.append(f"  flags = {python_flags if binding else extra_flags(source)}")
+    lines.append(f"build {library.name}: link {' '.join(objects)} | {CSRC}/exports.map")
+    return "\n".join(lines) + "\n"
 
 
-setup(ext_modules=[Extension("r1v2_fast._C", sources=[])], cmdclass={"build_ext": NinjaBuild})
+if __name__ == "__main__":
+    extension = Extension("r1v2_fast._C", sources=[], optional=True)
+    setup(ext_modules=[extension], cmdclass={"build": Build, "build_ext": NinjaBuild})

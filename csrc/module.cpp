@@ -2,32 +2,19 @@
 // No torch header, so one file serves every torch version.
 #include <pybind11/pybind11.h>
 
-#include <string>
-
-#include "priority_sample.h"
-
 #ifdef R1V2_FAST_CUDA
 #include <cuda_runtime.h>
 #endif
 
 namespace py = pybind11;
-using namespace r1v2_fast;
+
+namespace r1v2_fast {
+
+void bind_linear_logprob_rows(py::module_& m);
+void bind_priority_index(py::module_& m);
+void bind_priority_sample(py::module_& m);
 
 namespace {
-
-template <typename T>
-void race_keys(uintptr_t priorities, uintptr_t keys, int64_t count, uint64_t seed, double alpha, int device,
-               uintptr_t stream) {
-  const auto* in = reinterpret_cast<const T*>(priorities);
-  auto* out = reinterpret_cast<double*>(keys);
-  py::gil_scoped_release release;
-  if (device < 0) return race_keys_cpu(in, out, count, seed, alpha);
-#ifdef R1V2_FAST_CUDA
-  race_keys_cuda(in, out, count, seed, alpha, device, reinterpret_cast<void*>(stream));
-#else
-  throw std::runtime_error("r1v2_fast._C was built without CUDA");
-#endif
-}
 
 // (runtime, driver) as CUDA counts them, 13000 for 13.0; driver 0 where there is none
 py::tuple cuda_versions() {
@@ -40,10 +27,14 @@ py::tuple cuda_versions() {
 }
 
 }  // namespace
+}  // namespace r1v2_fast
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.attr("cuda_architectures") = R1V2_FAST_ARCHITECTURES;
-  m.def("cuda_versions", &cuda_versions);
-  m.def("race_keys_f32", &race_keys<float>);
-  m.def("race_keys_f64", &race_keys<double>);
+  m.attr("nvcc_version") = R1V2_FAST_NVCC;  // "" without CUDA
+  m.attr("compiler") = R1V2_FAST_COMPILER;
+  m.def("cuda_versions", &r1v2_fast::cuda_versions);
+  r1v2_fast::bind_linear_logprob_rows(m);
+  r1v2_fast::bind_priority_index(m);
+  r1v2_fast::bind_priority_sample(m);
 }

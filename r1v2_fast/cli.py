@@ -110,8 +110,9 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = commands.add_parser("doctor", help="which backend every op takes here, and why the others are out")
     doctor.add_argument(
-        "--require", action="append", default=[], metavar="BACKEND", help="exit 1 unless an op can run it"
+        "--require", action="append", default=[], metavar="BACKEND", help="exit 1 unless an op can run it here"
     )
+    doctor.add_argument("--device", choices=("cpu", "cuda"), help="of this one alone; exit 1 where it is not here")
     doctor.set_defaults(command=_doctor)
     return parser
 
@@ -203,7 +204,7 @@ def _report(folder: str) -> int:
     return 0
 
 
-def _doctor(require: list[str]) -> int:
+def _doctor(require: list[str], device: str | None) -> int:
     from r1v2_fast.doctor import run
 
-    return run(require)
+    return run(require, device)
