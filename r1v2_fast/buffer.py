@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import deque
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ class Unit:
     advantages: torch.Tensor  # [len(samples)], as they were when fresh
     step: int
 
-    @property
+    @functools.cached_property
     def priority(self) -> float:
         return self.advantages.abs().mean().item()
 

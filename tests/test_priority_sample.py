@@ -7,8 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from r1v2_fast import _native
 from r1v2_fast.ops.priority_sample import _op, sample_by_priority
 from r1v2_fast.reference import priority_sample as reference
+
+BACKENDS = ["torch"] + ["cuda"] * (_native.why_not("cpu") is None)
 
 
 def test_philox_gives_the_published_words():
@@ -78,6 +81,62 @@ def test_tiny_and_huge_priorities_keep_their_order_of_magnitude():
 def test_bad_priorities_are_named(priorities, k, message):
     with pytest.raises(ValueError, match=message):
         sample_by_priority(torch.tensor(priorities), k, seed=0)
+
+
+def test_alpha_has_a_range():
+    for alpha in (-0.1, 1000.5, float("nan")):
+        with pytest.raises(ValueError, match=r"alpha in \[0, 1000\]"):
+            sample_by_priority(torch.ones(3), 1, seed=0, alpha=alpha)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0, 1000.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_extreme_ratios_come_in_their_order(alpha, dtype, backend):
+    values = (10.0 ** torch.linspace(-30, 30, 61, dtype=torch.float64)).to(dtype)
+    ours = sample_by_priority(values, 61, seed=11, alpha=alpha, backend=backend)
+    keys = reference.race_keys(values, 11, alpha)
+    assert torch.equal(ours.indices, keys.argsort(stable=True))
+    if alpha >= 2:  # a hundredfold a step: hardly any two change places
+        assert (ours.indices.flip(0) - torch.arange(61)).abs().max() <= 2
+    assert ours.probabilities.isfinite().all() and abs(ours.probabilities.double().sum().item() - 1) < 1e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_all_one_and_more_than_there_are(backend):
+    values = torch.rand(1000, generator=torch.Generator().manual_seed(3))
+    assert sample_by_priority(values, 1000, seed=1, backend=backend).indices.sort().values.tolist() == list(range(1000))
+    one = torch.zeros(1000)
+    one[777] = 1e-40
+    assert sample_by_priority(one, 1, seed=1, backend=backend).indices.tolist() == [777]
+    with pytest.raises(ValueError, match="cannot draw k = 2 from 1 positive priorities of 1000"):
+        sample_by_priority(one, 2, seed=1, backend=backend)
+    assert sample_by_priority(one, 2, seed=1, replacement=True, backend=backend).indices.tolist() == [777, 777]
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0])
+def test_a_million_draws_from_many_are_distributed_as_they_should_be(alpha):
+    """2^20 priorities: ten draws of 10^5 without replacement, one of 10^6 with, over 50 bins of the priority."""
+    values = torch.rand(1 << 20, generator=torch.Generator().manual_seed(4))
+    mass = values.double() ** alpha
+    bins = (values * 50).long()
+
+    def chi_square(counts, expected):
+        return (((counts - expected) ** 2) / expected).sum().item()
+
+    total = lambda weights: torch.bincount(bins, weights, minlength=50)  # noqa: E731
+    time = 0.1 * len(values) / mass.sum()
+    for _ in range(50):  # the time by which 10^5 have come, in the mean: Newton's
+        left = (-time * mass).exp()
+        time += (100_000 - (1 - left).sum()) / (mass * left).sum()
+    inclusion = total(1 - (-time * mass).exp())
+    counts = torch.zeros(50, dtype=torch.float64)
+    for seed in range(10):
+        drawn = sample_by_priority(values, 100_000, seed=seed, alpha=alpha).indices
+        counts += torch.bincount(bins[drawn], minlength=50)
+    assert 15 < chi_square(counts, 10 * inclusion) < 90  # df 49, and less spread than a multinomial's: 0.9997 below 90
+    drawn = sample_by_priority(values, 1_000_000, seed=99, alpha=alpha, replacement=True).indices
+    assert 18 < chi_square(torch.bincount(bins[drawn], minlength=50), 1_000_000 * total(mass) / mass.sum()) < 90
 
 
 def test_unchecked_draws_mark_what_cannot_be_drawn():

@@ -58,14 +58,21 @@ def smallest(keys_N: torch.Tensor, k: int) -> torch.Tensor:
     return torch.sort(keys_N, stable=True).indices[:k]
 
 
+def masses(priorities_N: torch.Tensor, alpha: float) -> torch.Tensor:
+    """p^alpha in fp64 up to a common factor: relative to the largest, so that no power overflows; 0 where p is 0."""
+    p = priorities_N.double()
+    largest = p.amax().clamp(min=torch.finfo(p.dtype).tiny) if len(p) else 1.0
+    return torch.where(p > 0, (p / largest) ** alpha, 0)
+
+
 def sample(priorities_N: torch.Tensor, k: int, seed: int, alpha: float, replacement: bool) -> torch.Tensor:
     """Indices [k]: the k smallest keys in ascending order, ties by lower index; or k draws by inverse CDF."""
     if not replacement:
         return smallest(race_keys(priorities_N, seed, alpha), k)
-    mass = torch.where(priorities_N > 0, priorities_N.double() ** alpha, 0)
+    mass = masses(priorities_N, alpha)
     cumulative = mass.cumsum(0)
     words = philox(torch.arange(k, dtype=torch.int64, device=priorities_N.device), seed)
     u = (words[1].double() * 2.0**21 + (words[0] >> 11).double()) * 2.0**-53  # [0, 1)
     drawn = torch.searchsorted(cumulative, u * cumulative[-1], right=True)
-    last = (mass > 0).nonzero()[-1].squeeze() if (mass > 0).any() else mass.new_zeros((), dtype=torch.int64)
-    return drawn.clamp(max=int(last))
+    positions = torch.arange(len(mass), device=mass.device)
+    return torch.minimum(drawn, positions.where(mass > 0, 0).amax())  # where rounding went beyond the last
