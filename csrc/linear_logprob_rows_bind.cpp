@@ -1,23 +1,12 @@
 // The row kernel as Python sees it: raw pointers and sizes, which r1v2_fast/ops/_linear_logprob_native.py has checked.
-#include <pybind11/pybind11.h>
-
-#include <stdexcept>
-
 #include "linear_logprob_rows.h"
+
+#include "bind.h"
 
 namespace py = pybind11;
 
 namespace r1v2_fast {
 namespace {
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-#ifndef R1V2_FAST_CUDA
-[[noreturn]] void no_cuda() { throw std::runtime_error("r1v2_fast._C was built without CUDA"); }
-#endif
 
 int64_t limit(int device) {
 #ifdef R1V2_FAST_CUDA

@@ -1,26 +1,13 @@
-// PriorityIndex and draws with replacement as Python sees them: raw pointers and sizes, which the callers in r1v2_fast have
-// checked. `device` -1 is the CPU.
-#include <pybind11/pybind11.h>
-
-#include <stdexcept>
-#include <string>
-
-#include "priority_draw.h"
+// PriorityIndex and draws with replacement as Python sees them.
 #include "priority_index.h"
+
+#include "bind.h"
+#include "priority_draw.h"
 
 namespace py = pybind11;
 
 namespace r1v2_fast {
 namespace {
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-#ifndef R1V2_FAST_CUDA
-[[noreturn]] void no_cuda() { throw std::runtime_error("r1v2_fast._C was built without CUDA"); }
-#endif
 
 PriorityIndex index_of(int64_t capacity, double alpha, uintptr_t leaves, uintptr_t powers, uintptr_t sums) {
   return {capacity, alpha, pointer<float>(leaves), pointer<double>(powers), pointer<double>(sums)};

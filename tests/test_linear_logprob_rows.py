@@ -67,7 +67,7 @@ def library(compiled):
 
 @pytest.fixture
 def kernel(library, monkeypatch):
-    monkeypatch.setattr(_native, "module", lambda: library)
+    monkeypatch.setattr(_native, "loaded", lambda: library)
     library.seed(0)
     return library
 

@@ -26,7 +26,7 @@ def why_not(device_type: str) -> str | None:
 @functools.cache
 def _limit(index: int) -> int:
     """The longest vocabulary that the device takes, 0 below sm_90."""
-    return _native.module().linear_logprob_rows_limit(index)  # type: ignore[union-attr]
+    return _native.loaded().linear_logprob_rows_limit(index)
 
 
 def lacks(hidden: torch.Tensor, vocabulary: int) -> str | None:
@@ -91,7 +91,7 @@ def launch(
     for name, tensor in (("bias", bias), ("blocked", blocked)):
         if tensor is not None and tensor.data_ptr() % 16:
             raise ValueError(f"{name} must start at a multiple of 16 bytes")
-    _native.module().linear_logprob_rows(  # type: ignore[union-attr]
+    _native.loaded().linear_logprob_rows(
         logits=logits.data_ptr(),
         targets=targets_n.data_ptr(),
         temperatures=0 if temperatures is None else temperatures.data_ptr(),
@@ -114,8 +114,7 @@ def launch(
         mean="mean_logits" in outputs,
         squares="log_sum_sq_probs" in outputs,
         cluster=cluster,
-        device=logits.get_device(),
-        stream=torch.cuda.current_stream(logits.device).cuda_stream if logits.is_cuda else 0,
+        **_native.place(logits),
     )
 
 

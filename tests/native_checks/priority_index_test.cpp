@@ -1,34 +1,20 @@
 // Block sums and what is drawn from them against sums made one by one, threads against one thread, and the emulated kernels
 // against the CPU, bit for bit. Run by test_priority_index.py.
+#include "check.h"
 #include "priority_draw.h"
 #include "priority_index.h"
 
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <random>
 #include <set>
 #include <utility>
 #include <vector>
 
 using namespace r1v2_fast;
 
-#define CHECK(condition, ...)                                     \
-  do {                                                            \
-    if (!(condition)) {                                           \
-      std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-      std::printf(__VA_ARGS__), std::printf("\n"), std::exit(1);  \
-    }                                                             \
-  } while (0)
-
 namespace {
-
-using Random = std::mt19937_64;
-
-double uniform(Random& random) { return (random() >> 11) * 0x1p-53; }
 
 template <typename T>
 T made(const char* kind, int64_t i, int64_t count, Random& random) {

@@ -1,31 +1,17 @@
-// The race's arithmetic, and the CPU sampler and the emulated kernel against every key, sorted. Run by test_native_race.py.
+// The race's arithmetic, and the CPU sampler and the emulated kernel against every key, sorted. Run by test_priority_sample_native.py.
+#include "check.h"
 #include "priority_sample.h"
 
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
 #include <limits>
-#include <random>
 #include <vector>
 
 using namespace r1v2_fast;
 
-#define CHECK(condition, ...)                                             \
-  do {                                                                    \
-    if (!(condition)) {                                                   \
-      std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition);         \
-      std::printf(__VA_ARGS__), std::printf("\n"), std::exit(1);          \
-    }                                                                     \
-  } while (0)
-
 namespace {
 
-using Random = std::mt19937_64;
-
 bool brief = false;  // sanitizers make fibers twenty times slower
-
-double uniform(Random& random) { return (random() >> 11) * 0x1p-53; }
 
 double ulps(double ours, long double exact) {
   const double nearest = static_cast<double>(exact);
