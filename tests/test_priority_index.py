@@ -1,6 +1,8 @@
 """PriorityIndex: what it holds, what it draws, that a sample leaves no trace, and that kernels and CPU draw the same."""
 
+import copy
 import math
+import pickle
 import subprocess
 import threading
 from pathlib import Path
@@ -245,7 +247,7 @@ def test_unchecked_updates_skip_bad_pairs(backend):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda i: PriorityIndex(0), r"capacity must lie in \[1, 2\^48\], got 0"),
+        (lambda i: PriorityIndex(0), r"capacity must be an integer in \[1, 2\^48\), got 0"),
         (lambda i: PriorityIndex(4, alpha=6.5), r"alpha must lie in \[0, 6\], got 6.5"),
         (lambda i: PriorityIndex(4, alpha=math.nan), r"alpha must lie in \[0, 6\], got nan"),
         (
@@ -256,8 +258,8 @@ def test_unchecked_updates_skip_bad_pairs(backend):
         (lambda i: i.update(torch.tensor([0]), torch.tensor([1.0, 2.0])), r"floats \(1,\) .* got torch.float32 \(2,\)"),
         (lambda i: i.update(torch.tensor([0]), torch.tensor([1])), r"floats \(1,\) .* got torch.int64 \(1,\)"),
         (lambda i: i.update(torch.tensor([0], device="meta"), torch.tensor([1.0])), "on cpu, got meta and cpu"),
-        (lambda i: i.sample(-1, seed=0), "k must be 0 or more, got -1"),
-        (lambda i: i.sample(1, seed=-1), r"seed must lie in \[0, 2\^63\), got -1"),
+        (lambda i: i.sample(-1, seed=0), "k must be an integer of 0 or more, got -1"),
+        (lambda i: i.sample(1, seed=-1), r"seed must be an integer in \[0, 2\^63\), got -1"),
         (
             lambda i: i.load_state_dict({"alpha": 2.0, "priorities": torch.ones(4)}),
             "alpha must be 1.0, got a state of 2.0",
@@ -384,3 +386,13 @@ def test_a_cuda_graph_captures_updates_and_samples():
     graph.replay()
     assert torch.equal(drawn.indices, index.sample(64, seed=1).indices)
     assert set(range(5)) <= set(drawn.indices.tolist())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_copy_is_whole_and_its_own(backend):
+    index = index_of(torch.rand(300), alpha=0.5, backend=backend)
+    for other in (copy.deepcopy(index), pickle.loads(pickle.dumps(index))):
+        assert all_equal(bits(index), bits(other))
+        other.update(torch.tensor([7]), torch.tensor([100.0]))
+        assert index.priorities[7] < 1 and other.priorities[7] == 100
+        assert not torch.equal(index.sample(50, seed=3).probabilities, other.sample(50, seed=3).probabilities)

@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -85,8 +86,19 @@ def test_bad_priorities_are_named(priorities, k, message):
 
 def test_alpha_has_a_range():
     for alpha in (-0.1, 1000.5, float("nan")):
-        with pytest.raises(ValueError, match=r"alpha in \[0, 1000\]"):
+        with pytest.raises(ValueError, match=r"alpha must lie in \[0, 1000\], got"):
             sample_by_priority(torch.ones(3), 1, seed=0, alpha=alpha)
+
+
+def test_whole_numbers_are_asked_for():
+    for k in (3.0, -1, True, "3", None):
+        with pytest.raises(ValueError, match="k must be an integer of 0 or more, got"):
+            sample_by_priority(torch.ones(3), k, seed=0)
+    for seed in (5.0, -1, 2**63):
+        with pytest.raises(ValueError, match=r"seed must be an integer in \[0, 2\^63\), got"):
+            sample_by_priority(torch.ones(3), 1, seed=seed)
+    expected = sample_by_priority(torch.ones(3), 2, seed=5).indices
+    assert torch.equal(sample_by_priority(torch.ones(3), np.int64(2), seed=np.uint32(5)).indices, expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

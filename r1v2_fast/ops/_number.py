@@ -1,6 +1,8 @@
-"""A number that changes from step to step: a float, or a tensor of one."""
+"""Numbers that callers pass: one that changes from step to step (a float, or a tensor of one), and whole ones."""
 
 from __future__ import annotations
+
+import operator
 
 import torch
 
@@ -30,3 +32,25 @@ def split(value: Number | None, default: float) -> tuple[torch.Tensor | None, fl
     if isinstance(value, torch.Tensor):
         return value, float("nan")
     return None, default if value is None else value
+
+
+def whole(name: str, value: int, low: int, below: int | None = None, *, so_written: str = "") -> int:
+    """An int, NumPy's among them; raises ValueError on anything else, and outside [low, below).
+
+    so_written  how a message writes `below`
+    """
+    if isinstance(value, torch.SymInt):  # while compiling
+        return value
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is not None and number >= low and (below is None or number < below):
+        return number
+    range_ = f"of {low} or more" if below is None else f"in [{low}, {so_written or below})"
+    raise ValueError(f"{name} must be an integer {range_}, got {value!r}")
+
+
+def seed(value: int) -> int:
+    """Of a random stream."""
+    return whole("seed", value, 0, 1 << 63, so_written="2^63")

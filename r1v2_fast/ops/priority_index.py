@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from typing import Any
 
 import torch
 
 from r1v2_fast import _native
-from r1v2_fast.ops import _backend
+from r1v2_fast.ops import _backend, _number
 from r1v2_fast.ops._priority_index_native import NativeSums
 from r1v2_fast.ops.priority_sample import PrioritySample
 from r1v2_fast.reference import priority_index as reference
@@ -44,8 +45,7 @@ class PriorityIndex:
     def __init__(
         self, capacity: int, *, alpha: float = 1.0, device: str | torch.device = "cpu", backend: str = "auto"
     ) -> None:
-        if not 1 <= capacity <= MOST_CAPACITY:
-            raise ValueError(f"capacity must lie in [1, 2^48], got {capacity}")
+        capacity = _number.whole("capacity", capacity, 1, MOST_CAPACITY, so_written="2^48")
         if not 0 <= alpha <= MOST_ALPHA:
             raise ValueError(f"alpha must lie in [0, {MOST_ALPHA:g}], got {alpha}")
         self.alpha = float(alpha)
@@ -129,15 +129,20 @@ class PriorityIndex:
         raises          ValueError on k below 0, a seed outside [0, 2^63); with check on k beyond the positive priorities,
                         with replacement on none
         """
-        if k < 0:
-            raise ValueError(f"k must be 0 or more, got {k}")
-        if not 0 <= seed < 1 << 63:
-            raise ValueError(f"seed must lie in [0, 2^63), got {seed}")
+        k, seed = _number.whole("k", k, 0), _number.seed(seed)
         with self._lock:
             indices, probabilities, drawn = self._sums.draw(k, seed, replacement)
         if check and k and int(drawn) < k:
             raise ValueError(f"cannot draw k = {k} from {int(drawn)} positive priorities of {len(self)}")
         return PrioritySample(indices, probabilities)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has a lock of its own."""
+        with self._lock:
+            return {name: copy.deepcopy(value) for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.Lock())
 
     def state_dict(self) -> dict[str, Any]:
         return {"alpha": self.alpha, "priorities": self.priorities}

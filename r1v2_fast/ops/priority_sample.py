@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from r1v2_fast import _native
-from r1v2_fast.ops import _backend
+from r1v2_fast.ops import _backend, _number
 from r1v2_fast.reference import priority_sample as reference
 
 _backend.register("priority_sample", ("cuda", _native.why_not))
@@ -46,10 +46,9 @@ def sample_by_priority(
     """
     if priorities.dim() != 1 or not priorities.is_floating_point():
         raise ValueError(f"priorities must be floats [N], got {priorities.dtype} {tuple(priorities.shape)}")
-    if k < 0 or not 0 <= alpha <= 1000:
-        raise ValueError(f"k must be 0 or more and alpha in [0, 1000], got {k} and {alpha}")
-    if not 0 <= seed < 1 << 63:
-        raise ValueError(f"seed must lie in [0, 2^63), got {seed}")
+    k, seed = _number.whole("k", k, 0), _number.seed(seed)
+    if not 0 <= alpha <= 1000:
+        raise ValueError(f"alpha must lie in [0, 1000], got {alpha}")
     chosen = _backend.pick("priority_sample", backend, priorities)
     op = _native_op if chosen == "cuda" else _op
     indices, probabilities, status = op(priorities.detach(), k, seed, float(alpha), replacement)
