@@ -2,7 +2,8 @@
 
 R1V2_FAST_CUDA   auto (default): with CUDA where nvcc is found; 1: CUDA or an error; 0: the CPU half alone
 R1V2_FAST_ARCHS  architectures, default "80 90a 100 120"; the last one also as PTX, for cards to come
-CUDA_HOME, CXX   where to find nvcc and the C++ compiler, before the PATH
+CUDA_HOME        where to find nvcc, before the PATH
+CXX              the C++ compiler, with a launcher and flags if need be: 'ccache g++ -march=native'
 """
 
 from __future__ import annotations
@@ -133,16 +134,16 @@ class NinjaBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         wanted = os.environ.get("CXX") or "g++"
-        compiler = shutil.which(wanted)
+        cxx = Cxx.of(wanted)
         python = sysconfig.get_path("include")
-        if compiler is None or not Path(python, "Python.h").is_file():
-            lack = f"no C++ compiler ({wanted})" if compiler is None else f"no Python.h in {python} (python3-dev)"
+        if cxx is None or not Path(python, "Python.h").is_file():
+            lack = f"no C++ compiler ({wanted})" if cxx is None else f"no Python.h in {python} (python3-dev)"
             if os.environ.get("R1V2_FAST_CUDA") == "1":
                 raise SystemExit(f"R1V2_FAST_CUDA=1 needs a C++17 compiler and Python's headers; there is {lack}")
             print(f"r1v2_fast: {lack}: going on without _C, on PyTorch and Triton alone")
             return
         library = BUILD / Path(self.get_ext_filename(ext.name)).name
-        text = ninja_file(compiler, python, cuda(), library)
+        text = ninja_file(cxx, python, cuda(), library)
         ninja = shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
         command = [ninja] if ninja else [sys.executable, "-m", "ninja"]
         target = Path(self.get_ext_fullpath(ext.name))
@@ -158,31 +159,50 @@ class NinjaBuild(build_ext):
             fresh.replace(target)  # a process that runs the old one keeps it
 
 
-def ninja_file(compiler: str, python: str, cuda: Cuda | None, library: Path) -> str:
+class Cxx(NamedTuple):
+    """What CXX names."""
+
+    launcher: str  # such as ccache, with a blank behind it
+    compiler: str
+    flags: list[str]
+
+    @classmethod
+    def of(cls, wanted: str) -> Cxx | None:
+        """None where a part of it can't be found."""
+        words = shlex.split(wanted)
+        found = [shutil.which(word) for word in words if not word.startswith("-")]
+        programs = [shlex.quote(path) for path in found if path]
+        if not found or len(programs) < len(found):
+            return None
+        flags = [word for word in words if word.startswith("-")]
+        return cls("".join(f"{program} " for program in programs[:-1]), found[-1] or "", flags)
+
+
+def ninja_file(cxx: Cxx, python: str, cuda: Cuda | None, library: Path) -> str:
     import pybind11
 
-    release = re.search(r"\d+\.\d+\.\d+", subprocess.check_output([compiler, "--version"], text=True))
+    release = re.search(r"\d+\.\d+\.\d+", subprocess.check_output([cxx.compiler, "--version"], text=True))
     macros = {
         "R1V2_FAST_ARCHITECTURES": " ".join(cuda.architectures) if cuda else "",
         "R1V2_FAST_NVCC": cuda.version if cuda else "",
-        "R1V2_FAST_COMPILER": f"{Path(compiler).name} {release[0] if release else ''}".strip(),
+        "R1V2_FAST_COMPILER": f"{Path(cxx.compiler).name} {release[0] if release else ''}".strip(),
     }
     flags = [f"-isystem {shlex.quote(folder)}" for folder in (python, pybind11.get_include())]
     python_flags = " ".join([*flags, *(f"""-D{name}='"{value}"'""" for name, value in macros.items())])
-    cxx = shlex.quote(compiler)
+    compiler, host, linked = shlex.quote(cxx.compiler), [*HOST, *cxx.flags], [*LINK, *cxx.flags]
     rules = {}
     if cuda:  # nvcc drives it all: it knows where its headers and the static cudart lie
-        nvcc = f"{shlex.quote(cuda.nvcc)} -ccbin {cxx}"
-        rules["cpp"] = f"{nvcc} {COMMON} -DR1V2_FAST_CUDA -Xcompiler={','.join(HOST)}"
+        nvcc = f"{shlex.quote(cuda.nvcc)} -ccbin {compiler}"
+        rules["cpp"] = f"{cxx.launcher}{nvcc} {COMMON} -DR1V2_FAST_CUDA -Xcompiler={','.join(host)}"
         rules["cu"] = f"{rules['cpp']} {DEVICE} --threads 0 {gencode(cuda.architectures)}"
-        link = f"{nvcc} -shared -cudart static --no-device-link -Xcompiler={','.join(LINK)}"
+        link = f"{nvcc} -shared -cudart static --no-device-link -Xcompiler={','.join(linked)}"
         link += f" -Xlinker={','.join(LINKER)}"
         beside = Path(cuda.nvcc).parent.parent / "lib"  # where PyPI's toolkit has what others have in lib64
         if (beside / "libcudart_static.a").is_file():
             link += f" -L{shlex.quote(str(beside))}"
     else:
-        rules["cpp"] = f"{cxx} {COMMON} {' '.join(HOST)}"
-        link = f"{cxx} -shared {' '.join(LINK)} -Wl,{','.join(LINKER)}"
+        rules["cpp"] = f"{cxx.launcher}{compiler} {COMMON} {' '.join(host)}"
+        link = f"{compiler} -shared {' '.join(linked)} -Wl,{','.join(LINKER)}"
     lines = ["ninja_required_version = 1.5"]
     for rule, command in rules.items():
         lines += [

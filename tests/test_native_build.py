@@ -157,6 +157,17 @@ def test_a_wish_that_makes_no_sense_is_named(small, tmp_path):
     assert "must be auto, 1 or 0, got 'yes'" in build(small, tmp_path, R1V2_FAST_CUDA="yes").stderr
 
 
+@needs_compiler
+def test_a_compiler_may_come_with_a_launcher_and_flags(small, tmp_path):
+    launcher = tmp_path / "launcher"
+    launcher.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/seen\nexec "$@"\n')
+    launcher.chmod(0o755)
+    done = build(small, tmp_path, R1V2_FAST_CUDA="0", CXX=f"{launcher} g++ -DASKED=1")
+    assert compiled(done) == {"module.cpp", "one.cpp", "two.cpp"}, done.stdout + done.stderr
+    seen = (tmp_path / "seen").read_text().splitlines()
+    assert len(seen) == 3 and all("g++" in line and "-DASKED=1" in line for line in seen)
+
+
 def test_without_a_compiler_the_package_goes_on_without_it_unless_cuda_was_asked_for(small, tmp_path):
     without = build(small, tmp_path, CXX="no-such-compiler")
     assert without.returncode == 0 and "no C++ compiler (no-such-compiler): going on without _C" in without.stdout
