@@ -26,7 +26,7 @@ struct Part {
 };
 
 struct Head {  // of the workspace
-  unsigned long long found[3];  // rounds take turns, so that one is 0 again before it is used
+  unsigned long long found[3];  // by rounds in turn: zeroed a barrier before it is used, a barrier after it was read
   unsigned long long padding;
   Part parts[SAMPLE_BLOCKS];
 };
@@ -94,17 +94,17 @@ __device__ void for_batches(const T* priorities, int64_t count, const Run& run) 
   const int64_t first = (static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x) * WIDTH;
   for (int64_t start = first; start < count; start += VECTORS * stride) {
     T values[VECTORS * WIDTH];
-#pragma unroll
+UNROLLED
     for (int v = 0; v < VECTORS; ++v) {
       const int64_t at = start + v * stride;
       Vector loaded = {};
       if (at + WIDTH <= count) {
         loaded = *reinterpret_cast<const Vector*>(priorities + at);
       } else {
-#pragma unroll
+UNROLLED
         for (int i = 0; i < WIDTH; ++i) loaded.values[i] = at + i < count ? priorities[at + i] : T(0);
       }
-#pragma unroll
+UNROLLED
       for (int i = 0; i < WIDTH; ++i) values[v * WIDTH + i] = loaded.values[i];
     }
     run(values, [=](int i) { return start + i / WIDTH * stride + i % WIDTH; });
@@ -117,7 +117,7 @@ __device__ Part counted_with(const Task<T>& task, const Add& add) {
   Part part;
   for_batches<VECTORS>(task.priorities, task.count, [&](const auto& values, const auto& index_of) {
     constexpr int LENGTH = sizeof(values) / sizeof(T);
-#pragma unroll
+UNROLLED
     for (int i = 0; i < LENGTH; ++i) {
       const bool good = drawable(values[i]), bad = !good & !(values[i] == 0);
       if (good) add(values[i], index_of(i));
@@ -161,7 +161,7 @@ __device__ void scan(const Task<T>& task, double limit, unsigned long long* foun
   for_batches<4>(task.priorities, task.count, [&](const auto& values, const auto& index_of) {
     constexpr int LENGTH = sizeof(values) / sizeof(T);
     unsigned passed = 0;
-#pragma unroll
+UNROLLED
     for (int i = 0; i < LENGTH; ++i) passed |= test.passes(philox(index_of(i), task.seed).w[1], values[i]) ? 1u << i : 0u;
     for (; passed; passed &= passed - 1) {  // few: one copy of the code, the priority read again
       const int64_t index = index_of(__ffs(passed) - 1);
@@ -234,7 +234,6 @@ __global__ void __launch_bounds__(THREADS, 2) priority_sample_kernel(Task<T> tas
     } else {
       settled = true;
     }
-    grid_barrier();  // parts and candidates are read before they are written again
   }
 
   const int64_t ready = settled ? most : 0;
