@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import importlib.util
 import os
 import re
 import shlex
@@ -144,8 +145,9 @@ class NinjaBuild(build_ext):
             return
         library = BUILD / Path(self.get_ext_filename(ext.name)).name
         text = ninja_file(cxx, python, cuda(), library)
-        ninja = shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
-        command = [ninja] if ninja else [sys.executable, "-m", "ninja"]
+        # the interpreter's own before one on the PATH: another release of ninja would not read the log, and compile all again
+        ours = importlib.util.find_spec("ninja") is not None
+        command = [sys.executable, "-m", "ninja"] if ours else [shutil.which("ninja") or "ninja"]
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         BUILD.mkdir(parents=True, exist_ok=True)
