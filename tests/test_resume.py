@@ -216,10 +216,18 @@ def test_an_evaluation_that_draws_random_numbers_resumes_too(tmp_path, short, mo
     ]
 
 
+def say_so_and_sleep(connection):
+    connection.send("here")
+    time.sleep(30)
+
+
 def test_children_that_a_reward_forks_end_at_sigterm():
     with StopRequest() as stop:
-        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
+        fork = multiprocessing.get_context("fork")
+        ours, theirs = fork.Pipe()
+        child = fork.Process(target=say_so_and_sleep, args=(theirs,))
         child.start()
+        assert ours.recv() == "here"  # CPython drops a signal that comes in the first microseconds of a forked child
         child.terminate()
         child.join(10)
         assert child.exitcode == -signal.SIGTERM and stop.signum == 0
