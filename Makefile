@@ -5,7 +5,6 @@ RECIPE ?= digits
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 NATIVE := .venv/.native
-CUDA ?= auto
 
 .PHONY: train test slow peers lint types bench gpu gpu-build gpu-test gpu-sanitize gpu-bench wheel
 
@@ -72,5 +71,5 @@ gpu-bench: # tune first: the row kernel's launch parameters are part of what is 
 	$(GPU_PYTHON) -m bench --device cuda --output bench/results/gpu.jsonl
 	$(GPU_PYTHON) -m pytest bench/host_overhead.py
 
-wheel: $(INSTALLED) # an sdist, and a manylinux wheel for every CPython at hand, CUDA=none|auto|1
-	$(BIN)/python tools/wheels.py --cuda $(CUDA)
+wheel: $(INSTALLED) # an sdist, and a manylinux wheel for every CPython at hand; R1V2_FAST_CUDA=auto|1|0
+	$(BIN)/python tools/wheels.py

@@ -33,7 +33,7 @@ ARCHITECTURES = ["80", "90a", "100", "120"]
 OLDEST_NVCC = (12, 0)
 WHAT_WORKS = "install the CUDA toolkit 12.8 or newer and set CUDA_HOME, or build the CPU half with R1V2_FAST_CUDA=0"
 
-COMMON = "-O3 -std=c++17"
+COMMON = "-O3 -DNDEBUG -std=c++17"
 # No contraction: a race key must have the same bits on every machine, and a fused multiply-add rounds once, not twice.
 # -fno-trapping-math lets loops with comparisons become vector code: nobody looks at the flags of exceptions.
 HOST = ["-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-trapping-math", "-pthread", "-Wall"]
@@ -127,6 +127,7 @@ class Build(build):
 
     def run(self) -> None:
         cuda()
+        shutil.rmtree(self.build_lib, ignore_errors=True)  # what an earlier build left there would be shipped
         super().run()
 
 
@@ -142,6 +143,7 @@ class NinjaBuild(build_ext):
             if os.environ.get("R1V2_FAST_CUDA") == "1":
                 raise SystemExit(f"R1V2_FAST_CUDA=1 needs a C++17 compiler and Python's headers; there is {lack}")
             print(f"r1v2_fast: {lack}: going on without _C, on PyTorch and Triton alone")
+            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)  # an earlier build's
             return
         library = BUILD / Path(self.get_ext_filename(ext.name)).name
         text = ninja_file(cxx, python, cuda(), library)
@@ -154,8 +156,11 @@ class NinjaBuild(build_ext):
         with (BUILD / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # ninja itself has no lock
             (BUILD / f"{library.stem}.ninja").write_text(text)
-            if subprocess.run([*command, "-C", BUILD, "-f", f"{library.stem}.ninja"]).returncode:
-                raise SystemExit("r1v2_fast: _C did not compile; the compiler's message is above")
+            if subprocess.run(
+                [*command, "-C", BUILD, "-f", f"{library.stem}.ninja"], pass_fds=[lock.fileno()]
+            ).returncode:
+                ways = "; CXX names another compiler, R1V2_FAST_CUDA=0 leaves CUDA out" if cuda() else ""
+                raise SystemExit(f"r1v2_fast: _C did not compile; the compiler's message is above{ways}")
             fresh = target.with_suffix(".new")
             shutil.copyfile(library, fresh)
             fresh.replace(target)  # a process that runs the old one keeps it
@@ -172,11 +177,12 @@ class Cxx(NamedTuple):
     def of(cls, wanted: str) -> Cxx | None:
         """None where a part of it can't be found."""
         words = shlex.split(wanted)
-        found = [shutil.which(word) for word in words if not word.startswith("-")]
+        first_flag = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+        found = [shutil.which(word) for word in words[:first_flag]]
         programs = [shlex.quote(path) for path in found if path]
         if not found or len(programs) < len(found):
             return None
-        flags = [word for word in words if word.startswith("-")]
+        flags = [shlex.quote(word) for word in words[first_flag:]]
         return cls("".join(f"{program} " for program in programs[:-1]), found[-1] or "", flags)
 
 
@@ -191,20 +197,24 @@ def ninja_file(cxx: Cxx, python: str, cuda: Cuda | None, library: Path) -> str:
     }
     flags = [f"-isystem {shlex.quote(folder)}" for folder in (python, pybind11.get_include())]
     python_flags = " ".join([*flags, *(f"""-D{name}='"{value}"'""" for name, value in macros.items())])
-    compiler, host, linked = shlex.quote(cxx.compiler), [*HOST, *cxx.flags], [*LINK, *cxx.flags]
+    compiler = shlex.quote(cxx.compiler)
+    # a tool that was renewed in its place makes everything anew
+    tools = re.sub(r"\W", "_", f"{macros['R1V2_FAST_COMPILER']} {macros['R1V2_FAST_NVCC']}")
+    common = f"{COMMON} -DR1V2_FAST_BUILT_BY_{tools}"
     rules = {}
     if cuda:  # nvcc drives it all: it knows where its headers and the static cudart lie
         nvcc = f"{shlex.quote(cuda.nvcc)} -ccbin {compiler}"
-        rules["cpp"] = f"{cxx.launcher}{nvcc} {COMMON} -DR1V2_FAST_CUDA -Xcompiler={','.join(host)}"
+        asked = "".join(f" -Xcompiler {flag}" for flag in cxx.flags)
+        rules["cpp"] = f"{cxx.launcher}{nvcc} {common} -DR1V2_FAST_CUDA -Xcompiler={','.join(HOST)}{asked}"
         rules["cu"] = f"{rules['cpp']} {DEVICE} --threads 0 {gencode(cuda.architectures)}"
-        link = f"{nvcc} -shared -cudart static --no-device-link -Xcompiler={','.join(linked)}"
+        link = f"{nvcc} -shared -cudart static --no-device-link -Xcompiler={','.join(LINK)}{asked}"
         link += f" -Xlinker={','.join(LINKER)}"
         beside = Path(cuda.nvcc).parent.parent / "lib"  # where PyPI's toolkit has what others have in lib64
         if (beside / "libcudart_static.a").is_file():
             link += f" -L{shlex.quote(str(beside))}"
     else:
-        rules["cpp"] = f"{cxx.launcher}{compiler} {COMMON} {' '.join(host)}"
-        link = f"{compiler} -shared {' '.join(linked)} -Wl,{','.join(LINKER)}"
+        rules["cpp"] = f"{cxx.launcher}{compiler} {common} {' '.join([*HOST, *cxx.flags])}"
+        link = f"{compiler} -shared {' '.join([*LINK, *cxx.flags])} -Wl,{','.join(LINKER)}"
     lines = ["ninja_required_version = 1.5"]
     for rule, command in rules.items():
         lines += [

@@ -46,20 +46,22 @@ def cuda_why_not(architectures: list[str], runtime: int, driver: int, capability
         )
         return f"{built}, which needs driver {needed} or newer; {found}. Update it, or use backend='torch'"
     major, minor = capability()
-    if any(_runs_on(arch, major, minor) for arch in architectures) or (major, minor) >= _split(architectures[-1]):
+    if any(_runs_on(arch, major, minor) for arch in architectures) or (major, minor) >= split_architecture(
+        architectures[-1]
+    ):
         return None
     here = f"{major}{minor}"
     return f"{built} for {' '.join(architectures)}, and this GPU is sm_{here}; reinstall with R1V2_FAST_ARCHS={here}"
 
 
-def _split(architecture: str) -> tuple[int, int]:
+def split_architecture(architecture: str) -> tuple[int, int]:
     digits = architecture.rstrip("af")
     return int(digits[:-1]), int(digits[-1])
 
 
 def _runs_on(architecture: str, major: int, minor: int) -> bool:
     """Machine code runs on its own major version from its minor on; an `a` target on that very one."""
-    own_major, own_minor = _split(architecture)
+    own_major, own_minor = split_architecture(architecture)
     return own_major == major and (own_minor == minor if architecture.endswith("a") else own_minor <= minor)
 
 

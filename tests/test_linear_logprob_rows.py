@@ -43,6 +43,8 @@ class LogprobRows(ctypes.Structure):
 class Emulated:
     """Stands for `_C`."""
 
+    cuda_architectures = "90a"
+
     def __init__(self, library: Path) -> None:
         self.library = ctypes.CDLL(str(library))
         self.library.rows_error.restype = ctypes.c_char_p

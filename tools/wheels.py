@@ -19,6 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
+WISH = {"0": "none"}.get(os.environ.get("R1V2_FAST_CUDA", "auto"), os.environ.get("R1V2_FAST_CUDA", "auto"))
 NEWEST_GLIBC = (2, 35)  # Ubuntu 22.04's
 LOAD = """
 import importlib.util, sys
@@ -31,7 +32,9 @@ print(native.cuda_versions()[0], native.cuda_architectures)
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cuda", choices=("none", "auto", "1"), default="auto", help="as R1V2_FAST_CUDA")
+    parser.add_argument(
+        "--cuda", choices=("none", "auto", "1"), default=WISH, help="default: R1V2_FAST_CUDA, else auto"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="folder to write")
     parser.add_argument("--python", nargs="+", default=[], metavar="3.X", help=f"must be there; default: {PYTHONS}")
     options = parser.parse_args()
@@ -74,7 +77,7 @@ def unpacked_sdist(scratch: Path, out: Path) -> Path:
     run([sys.executable, "-m", "build", "--sdist", "--outdir", scratch / "sdist", ROOT])
     (archive,) = (scratch / "sdist").iterdir()
     with tarfile.open(archive) as files:
-        files.extractall(scratch, filter="data")
+        files.extractall(scratch)  # our own archive; older interpreters know no filter
     shutil.copy(archive, out)
     print(f"{archive.name}  {archive.stat().st_size / 1e3:.0f} kB")
     return scratch / archive.name.removesuffix(".tar.gz")

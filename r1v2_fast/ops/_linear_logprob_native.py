@@ -33,6 +33,9 @@ def lacks(hidden: torch.Tensor, vocabulary: int) -> str | None:
     """None where it can make this call's rows, else the reason and what would work."""
     if hidden.dtype == torch.float64:
         return "its statistics are fp32, the inputs fp64; use backend='torch'"
+    built = _native.loaded().cuda_architectures
+    if all(_native.split_architecture(name) < (9, 0) for name in built.split()):
+        return f"clusters need code for sm_90 or newer, and r1v2_fast._C was built for {built}; use backend='triton'"
     limit = _limit(hidden.get_device())
     if not limit:
         major, minor = torch.cuda.get_device_capability(hidden.device)
