@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import secrets
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 from r1v2_fast.commands.model import check_at_least, open_model
 from r1v2_fast.data.images import open_image
 from r1v2_fast.data.records import MARK, Record
+from r1v2_fast.rollout.engine import Prompt
+from r1v2_fast.rollout.generation import rollout
 from r1v2_fast.train.context import Corpus
-from r1v2_fast.train.rollout import Prompt, rollout
 
 
 class Pictures(Corpus):
@@ -39,8 +40,6 @@ def run(
     for path in image:  # before the model loads, which can take minutes
         pictures.image(path)
     policy, reader = open_model(model, pictures, device)
-    generator = torch.Generator(policy.internvl.device)
-    generator.seed()  # another answer every time, where the temperature is above 0
     history: list[dict] = []
     for text in [question] if question is not None else _lines():
         marked = text if history or MARK in text else f"{MARK}\n" * len(image) + text
@@ -55,7 +54,7 @@ def run(
             group_size=1,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
-            generator=generator,
+            seeds=[secrets.randbits(63)],  # another answer every time, where the temperature is above 0
         )
         answer = reader.encoder.decode(response.ids)
         yield answer

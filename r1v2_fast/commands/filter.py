@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -26,8 +25,8 @@ from r1v2_fast.judge.panel import arguments_of
 from r1v2_fast.judge.reward import load_reward
 from r1v2_fast.judge.reward import score as judge
 from r1v2_fast.models.policy import Policy
+from r1v2_fast.rollout.generation import rollout
 from r1v2_fast.train.context import Corpus, Reader, seed_of
-from r1v2_fast.train.rollout import rollout
 
 COLUMNS = ("pass_rate", "pass_count", "responses")
 BINS = 5  # of the summary, between never and always
@@ -48,9 +47,9 @@ class Sampling:
         if self.temperature == 0:
             raise ValueError(f"--temperature must be above 0, or a group repeats one response, got {self.temperature}")
 
-    def generator(self, batch: int, device: torch.device) -> torch.Generator:
-        """A pure function of (seed, batch): going on after a kill restores no state."""
-        return torch.Generator(device).manual_seed(seed_of(self.seed, "filter", batch))
+    def seeds(self, records: list[Record]) -> list[int]:
+        """A pure function of (seed, id): going on after a kill restores no state, in batches of any size."""
+        return [seed_of(self.seed, f"filter/{record.id}", 0) for record in records]
 
 
 def run(
@@ -118,8 +117,8 @@ def run(
     shown = TextColumn("filter"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*shown, console=Console(stderr=True)) as bar:
         task = bar.add_task("filter", total=len(chosen), completed=sum(map(len, batches[: len(counts)])))
-        for index, batch in enumerate(batches[len(counts) :], start=len(counts)):
-            counts.append(_count(policy, reader, dataset, batch, sampling, rule, index))
+        for batch in batches[len(counts) :]:
+            counts.append(_count(policy, reader, dataset, batch, sampling, rule))
             _append(progress, counts[-1])
             bar.advance(task, len(batch))
 
@@ -172,7 +171,6 @@ def _count(
     batch: list[Record],
     sampling: Sampling,
     rule: Callable[..., list[float]],
-    index: int,
 ) -> dict[str, Any]:
     """Of every record of a batch: the responses that are right, and those that could be scored; and how many were cut."""
     size = sampling.group_size
@@ -182,7 +180,7 @@ def _count(
         group_size=size,
         max_new_tokens=sampling.max_new_tokens,
         temperature=sampling.temperature,
-        generator=sampling.generator(index, policy.internvl.device),
+        seeds=sampling.seeds(batch),
     )
     each = [record for record in batch for _ in range(size)]
     arguments = arguments_of(each, [reader.encoder.decode(response.ids) for response in responses])

@@ -20,8 +20,8 @@ from r1v2_fast.models import load
 from r1v2_fast.models.policy import Policy
 from r1v2_fast.models.reward_model import RewardModel
 from r1v2_fast.models.vision import FeatureCache
+from r1v2_fast.rollout.engine import Prompt
 from r1v2_fast.train.best import Best
-from r1v2_fast.train.rollout import Prompt
 
 
 class Corpus:
@@ -133,9 +133,6 @@ class Context:
 
     def seed(self, what: str, step: int) -> int:
         return seed_of(self.recipe.run.seed, what, step)
-
-    def generator(self, what: str, step: int) -> torch.Generator:
-        return torch.Generator(self.device).manual_seed(self.seed(what, step))
 
     def seed_globals(self, stage: str, step: int) -> None:
         """For what draws from the global generators, such as a reward of the user's."""

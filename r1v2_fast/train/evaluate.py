@@ -14,8 +14,8 @@ from r1v2_fast.judge.panel import arguments_of
 from r1v2_fast.judge.reward import load_reward, score
 from r1v2_fast.judge.rules import think_format
 from r1v2_fast.models.policy import Policy
+from r1v2_fast.rollout.generation import rollout
 from r1v2_fast.train.context import Context, Reader
-from r1v2_fast.train.rollout import rollout
 
 
 class Result(NamedTuple):

@@ -13,9 +13,10 @@ from r1v2_fast.config import RewardTerm, Sampling
 from r1v2_fast.data.collate import Sequence
 from r1v2_fast.data.records import Dataset, Record, draw
 from r1v2_fast.judge.panel import Panel
+from r1v2_fast.rollout.engine import Prompt, Response
+from r1v2_fast.rollout.generation import rollout
 from r1v2_fast.train.batching import Single, micro_batches
 from r1v2_fast.train.context import Context
-from r1v2_fast.train.rollout import Prompt, Response, rollout
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def collect(
         group_size=sampling.group_size,
         max_new_tokens=sampling.max_new_tokens,
         temperature=sampling.temperature,
-        generator=context.generator(stage, round),
+        seeds=[context.seed(f"{stage}/rollout {i}", round) for i in range(len(prompts))],
     )
     completions = [context.reader.encoder.decode(response.ids) for response in responses]
     repeated = [record for record in records for _ in range(sampling.group_size)]

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from r1v2_fast.cli import main
-from r1v2_fast.train.rollout import rollout
+from r1v2_fast.rollout.generation import rollout
 
 
 def picture_of(dataset, index):

@@ -7,7 +7,6 @@ import shutil
 
 import pyarrow.parquet as parquet
 import pytest
-import torch
 
 from r1v2_fast.cli import main
 from r1v2_fast.commands import filter as filtering
@@ -100,12 +99,13 @@ def test_a_killed_filter_goes_on_to_the_same_bytes(folder, pool, out, monkeypatc
     assert run_filter(folder, data, pool / f"whole-{out}") == 0
     count, counted = filtering._count, []
 
-    def killed(*arguments):
-        if arguments[-1] == 2 and counted.count("killed") < 2:
+    def killed(policy, reader, dataset, batch, *rest):
+        index = dataset.records.index(batch[0]) // len(batch)
+        if index == 2 and counted.count("killed") < 2:
             counted.append("killed")
             raise KeyboardInterrupt
-        counted.append(arguments[-1])
-        return count(*arguments)
+        counted.append(index)
+        return count(policy, reader, dataset, batch, *rest)
 
     monkeypatch.setattr(filtering, "_count", killed)
     assert run_filter(folder, data, pool / out) == 130
@@ -171,10 +171,10 @@ def begin(folder, pool, monkeypatch, *options):
     """A filter that was killed in its third batch."""
     count = filtering._count
 
-    def killed(*arguments):
-        if arguments[-1] == 2:
+    def killed(policy, reader, dataset, batch, *rest):
+        if dataset.records.index(batch[0]) == 16:
             raise KeyboardInterrupt
-        return count(*arguments)
+        return count(policy, reader, dataset, batch, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(filtering, "_count", killed)
@@ -208,12 +208,11 @@ def test_filter_goes_on_under_another_time_limit_and_on_nan(folder, pool, monkey
     assert run_filter(folder, pool / "heldout_clean.jsonl", pool / "out.jsonl", *more) == 0
 
 
-def test_every_batch_of_a_filter_draws_its_own_numbers():
-    def seed(seed, batch):
-        sampling = filtering.Sampling(group_size=2, temperature=1.0, max_new_tokens=4, batch_size=8, seed=seed)
-        return sampling.generator(batch, torch.device("cpu")).initial_seed()
-
-    assert len({seed(0, 0), seed(0, 1), seed(1, 0), seed(1, 1)}) == 4 and seed(1, 1) == seed(1, 1)
+def test_a_record_is_answered_alike_in_batches_of_any_size(folder, pool):
+    for size in (8, 5):
+        out = pool / f"{size}.parquet"
+        assert run_filter(folder, pool / "policy.parquet", out, "--keep-all", "--batch-size", size) == 0
+    assert columns(pool / "8.parquet", "pass_count") == columns(pool / "5.parquet", "pass_count")
 
 
 def add_column(path, name, value):

@@ -7,9 +7,9 @@ import torch
 from r1v2_fast import config
 from r1v2_fast.data.collate import Sequence
 from r1v2_fast.data.records import Record, draw
+from r1v2_fast.rollout.engine import Prompt
 from r1v2_fast.train.batching import Single
 from r1v2_fast.train.context import Context
-from r1v2_fast.train.rollout import Prompt
 from r1v2_fast.train.stages.base import Metrics, Stage
 
 

@@ -12,9 +12,9 @@ from r1v2_fast.data.collate import Sequence
 from r1v2_fast.data.layouts import text_of
 from r1v2_fast.data.records import Record
 from r1v2_fast.models.policy import Backbone
+from r1v2_fast.rollout.engine import Prompt
 from r1v2_fast.train.batching import Sample, micro_batches
 from r1v2_fast.train.context import Context
-from r1v2_fast.train.rollout import Prompt
 
 Metrics = dict[str, Any]  # floats, or device tensors that the log reads at the end of the step
 S = TypeVar("S", bound=Sample)

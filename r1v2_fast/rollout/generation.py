@@ -5,31 +5,12 @@ B prompts, G responses a prompt, R new tokens at most, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from r1v2_fast.data.collate import Sequence, collate
 from r1v2_fast.models.policy import Policy
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A record's prompt as the model takes it."""
-
-    id: str
-    ids: list[int]
-    image_keys: list[str]
-
-
-@dataclass(frozen=True)
-class Response:
-    ids: list[int]
-    """Sampled tokens, the end-of-sequence token included where it was reached."""
-    logprobs: torch.Tensor
-    """Behaviour log-probs [len(ids)] fp32, under the temperature and without the forbidden tokens."""
-    finished: bool
-    """False where the length ran out first."""
+from r1v2_fast.rollout.engine import Prompt, Response
+from r1v2_fast.rollout.sampling import pick, uniforms
 
 
 @torch.no_grad()
@@ -40,9 +21,13 @@ def rollout(
     group_size: int,
     max_new_tokens: int,
     temperature: float,
-    generator: torch.Generator | None = None,
+    seeds: list[int] | None = None,
 ) -> list[Response]:
-    """Sample `group_size` responses a prompt, in the prompts' order; temperature 0 takes the likeliest token."""
+    """Sample `group_size` responses a prompt, in the prompts' order; temperature 0 takes the likeliest token.
+
+    seeds  one a prompt: its responses depend on it, and not on what else is sampled; needed above temperature 0
+    """
+    assert temperature == 0 or (seeds is not None and len(seeds) == len(prompts)), "one seed a prompt"
     with policy.precision():
         batch = collate([Sequence(p.ids, [], p.image_keys) for p in prompts], policy.tokenizer.pad_token_id)
         batch = batch.to(policy.internvl.device)
@@ -61,10 +46,11 @@ def rollout(
         end = torch.tensor(end_ids(policy), device=hidden.device)
         alive = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
         tokens, logprobs, alives = [], [], []
+        noise = uniforms(seeds, group_size, max_new_tokens).to(hidden.device) if temperature and seeds else None
         for step in range(max_new_tokens):
             logits = policy.head(hidden).float()
             logits[:, policy.forbidden] = -torch.inf
-            token, logprob = _sample(logits, temperature, generator)
+            token, logprob = pick(logits, temperature, None if noise is None else noise[:, step])
             tokens.append(token)
             logprobs.append(logprob)
             alives.append(alive)
@@ -88,18 +74,6 @@ def rollout(
         Response(row[:n], columns[i, :n].clone(), finished[i])
         for i, (row, n) in enumerate(zip(rows, lengths, strict=True))
     ]
-
-
-def _sample(
-    logits_BV: torch.Tensor, temperature: float, generator: torch.Generator | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if temperature == 0:
-        token = logits_BV.argmax(1)
-        logprobs = logits_BV.log_softmax(1)
-    else:
-        logprobs = (logits_BV / temperature).log_softmax(1)
-        token = torch.multinomial(logprobs.exp(), 1, generator=generator).squeeze(1)
-    return token, logprobs.gather(1, token[:, None]).squeeze(1)
 
 
 def end_ids(policy: Policy) -> list[int]:
