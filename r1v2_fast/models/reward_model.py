@@ -53,12 +53,10 @@ class RewardModel(Backbone):
         self.head.to(self.dtype).requires_grad_(False)
 
     def scores(self, batch) -> torch.Tensor:
-        """Score of every row, [B]: the head at its last token."""
+        """Score of every sequence, [S]: the head at its last token."""
         hidden = self.hidden(batch)
-        columns = torch.arange(batch.input_ids.shape[1], device=hidden.device)
-        last = (columns * batch.attention_mask).argmax(1)
         with self.precision():
-            scores = self.head(hidden[torch.arange(len(last), device=hidden.device), last]).squeeze(-1)
+            scores = self.head(hidden[batch.last]).squeeze(-1)
         return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
     def save(self, path: str | Path) -> None:

@@ -108,7 +108,7 @@ def _stages(context: Context, stop: StopRequest) -> None:
         product = folder / "stages" / name
         if product.is_dir():  # written whole by an earlier start
             if name == "reward":
-                context.reward_model = RewardModel.load(product, context.reader.pixels, device=context.device)
+                context.score_with(RewardModel.load(product, context.reader.pixels, device=context.device))
             else:
                 context.use(load.from_folder(product, dtype=getattr(torch, recipe.model.dtype)))
             fresh = False
@@ -121,7 +121,7 @@ def _stages(context: Context, stop: StopRequest) -> None:
         run_stage(context, stage, stop, later=list(recipe.run.stages[index + 1 :]))
         stage.model.settle()
         if isinstance(stage, RewardStage):
-            context.reward_model = stage.model
+            context.score_with(stage.model)
         else:
             metrics = evaluate_sets(context, name, stage.steps, None)
             context.best.offer(context.policy, name, stage.steps, metrics)
