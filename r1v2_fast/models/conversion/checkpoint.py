@@ -49,7 +49,7 @@ def _read(folder: Path, name: str, read_file: Callable[[Path], dict[str, Stored]
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{folder / name}: expected a weight_map of tensor names to files, got {weight_map!r}")
     for tensor, file in weight_map.items():  # a link in the folder is fine, a hub's cache is made of them
-        if not isinstance(file, str) or Path(file).name != file or file in (".", "..") or "\\" in file:
+        if not isinstance(file, str) or not file or Path(file).name != file or file in (".", "..") or "\\" in file:
             raise ValueError(f"{folder / name}: {tensor}: expected the name of a file in the folder, got {file!r}")
     files = sorted(set(weight_map.values()))
     if absent := [file for file in files if not (folder / file).is_file()]:

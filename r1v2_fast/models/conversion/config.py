@@ -1,11 +1,12 @@
 """config.json of `internvl_chat` and `skywork_chat` to transformers' InternVL.
 
-A converted config keeps what it was made from under `original_files`: transformers carries unknown keys through training
-and saving, so that going back gives the same config.
+A converted config keeps what it was made from under `original_files`, name by name: transformers carries unknown keys
+through training and saving, so that going back gives the same config. As text: inside objects it drops keys of its own.
 """
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from transformers import InternVLConfig
@@ -115,7 +116,7 @@ def to_transformers(
             vision_feature_layer=full["select_layer"],
             tie_word_embeddings=tied,
             architectures=["InternVLForConditionalGeneration"],
-            **{KEPT: {"config.json": original}},
+            **{KEPT: {"config.json": json.dumps(original)}},
         )
     except Exception as error:  # its validators raise kinds of their own
         raise ValueError(f"config.json: {' '.join(str(error).split())}") from error

@@ -69,7 +69,9 @@ def _to_transformers(
         _write_json(staging / "config.json", original_config.language_model(made))
     else:
         keep = getattr(made, config.KEPT) | tokenizer.kept(source)
-        setattr(made, config.KEPT, keep | ({PREPROCESSOR: preprocessor} if preprocessor else {}))
+        if preprocessor is not None:
+            keep[PREPROCESSOR] = (source / PREPROCESSOR).read_text(encoding="utf-8")
+        setattr(made, config.KEPT, keep)
         written = json.loads(made.to_json_string())
         written["text_config"] = original_config.text_with_rope(written["text_config"])
         _write_json(staging / "config.json", written)
@@ -84,10 +86,11 @@ def _to_original(source: Path, staging: Path, stored: dict[str, Stored]) -> dict
     found = _transformers_config(source)
     shapes = plan.original_shapes(plan.expected_shapes(found))
     targets = plan.to_original([target.spans[0].stored for target in _checked(stored, found, source).values()])
-    keep: dict[str, Any] = getattr(found, config.KEPT, {})
+    keep: dict[str, str] = getattr(found, config.KEPT, {})
     preprocessor = _images(source)
     _write_json(staging / "config.json", original_config.to_original(found, preprocessor))
-    _write_json(staging / PREPROCESSOR, keep.get(PREPROCESSOR) or images.to_original(preprocessor))
+    clip = json.loads(keep[PREPROCESSOR]) if PREPROCESSOR in keep else images.to_original(preprocessor)
+    _write_json(staging / PREPROCESSOR, clip)
     tokenizer.write_back(source, staging, keep)
     return {name: targets[name] for name in shapes if name in targets}
 

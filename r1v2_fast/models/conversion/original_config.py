@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from typing import Any
 
@@ -22,8 +21,9 @@ def to_original(config: InternVLConfig, images: dict[str, Any]) -> dict[str, Any
     raises  ValueError where the kept one describes another model, or the original classes cannot be this one
     """
     built = _build(config, images)
-    if not (kept := getattr(config, KEPT, {}).get("config.json")):
+    if not (text := getattr(config, KEPT, {}).get("config.json")):
         return built
+    kept = json.loads(text)
     again = to_transformers(
         kept,
         tied=config.tie_word_embeddings,
@@ -34,7 +34,7 @@ def to_original(config: InternVLConfig, images: dict[str, Any]) -> dict[str, Any
     if changed := sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name)):
         said = "; ".join(f"{name}: expected {was.get(name)!r}, got {now.get(name)!r}" for name in changed[:4])
         raise ValueError(f"config.json is no longer what its {KEPT} describes: {said}")
-    original = _without_code(copy.deepcopy(kept))
+    original = _without_code(kept)
     if _dtype(config) != _dtype(again):  # exported in another one
         for part in (original, original["llm_config"], original.get("vision_config", {})):
             part |= {"torch_dtype": built["torch_dtype"]}

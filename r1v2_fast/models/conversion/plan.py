@@ -80,7 +80,7 @@ def check(stored: Mapping[str, Stored], expected: Mapping[str, tuple[int, ...]],
     """raises  ValueError that lists the tensors that are missing, left over or of another shape"""
     optional = {names.HEAD} if tied else set()
     missing = [name for name in expected if name not in stored and name not in optional]
-    leftover = [name for name in stored if name not in expected]
+    leftover = sorted(name for name in stored if name not in expected)
     wrong = [
         f"{name}: expected {list(expected[name])}, got {list(stored[name].shape)}"
         for name in expected

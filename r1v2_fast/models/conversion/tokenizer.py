@@ -46,13 +46,10 @@ def own_template(source: Path) -> str | None:
     return found
 
 
-def kept(source: Path) -> dict[str, Any]:
+def kept(source: Path) -> dict[str, str]:
     """The files that the conversion edits, as they are; for the way back."""
-    found: dict[str, Any] = {CONFIG: read_json(source / CONFIG)}
-    for name in (TEMPLATE, OLD_TEMPLATE):
-        if (source / name).is_file():
-            found[name] = (source / name).read_text(encoding="utf-8")
-    return found
+    edited = [name for name in (CONFIG, TEMPLATE, OLD_TEMPLATE) if (source / name).is_file()]
+    return {name: (source / name).read_text(encoding="utf-8") for name in edited}
 
 
 def copy(source: Path, folder: Path) -> None:
@@ -97,14 +94,13 @@ def write(source: Path, folder: Path) -> int:
     return vocabulary[template.CONTEXT]
 
 
-def write_back(source: Path, folder: Path, originals: dict[str, Any]) -> None:
+def write_back(source: Path, folder: Path, originals: dict[str, str]) -> None:
     """The tokenizer in the original layout: the files that `kept` saw, the vocabulary also for slow tokenizers."""
     for name in files(source):
         shutil.copyfile(source / name, folder / name)
-    settings = read_json(source / CONFIG)
-    if (source / TEMPLATE).is_file():
+    settings = json.loads(originals[CONFIG]) if CONFIG in originals else read_json(source / CONFIG)
+    if CONFIG not in originals and (source / TEMPLATE).is_file():
         settings["chat_template"] = (source / TEMPLATE).read_text(encoding="utf-8")
-    settings = originals.get(CONFIG, settings)
     (folder / CONFIG).write_text(_json({k: v for k, v in settings.items() if k != "auto_map"}), encoding="utf-8")
     for name in (TEMPLATE, OLD_TEMPLATE):
         if name in originals:
