@@ -61,13 +61,13 @@ def run(
 def _check_target(origin: Path, target: Path, *, overwrite: bool) -> None:
     """raises  ValueError where anything but an earlier conversion would be lost, at `target` or beside it."""
     resolved = origin.resolve()
+    if _overlap(resolved, target):
+        raise ValueError(f"SRC and DST must be folders apart, got {origin} and {target}")
     for name in (f"{target.name}.partial", f"{target.name}.old"):  # where atomic.write_folder works
         beside = target.with_name(name)
         if _overlap(resolved, beside) or ((beside.exists() or beside.is_symlink()) and (foreign := _foreign(beside))):
             said = "is SRC" if _overlap(resolved, beside) else f"holds {foreign}, which a conversion does not write"
             raise ValueError(f"{beside} is in the way and {said}: name another DST")
-    if _overlap(resolved, target):
-        raise ValueError(f"SRC and DST must be folders apart, got {origin} and {target}")
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not overwrite:

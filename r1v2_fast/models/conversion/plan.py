@@ -58,9 +58,15 @@ class Target(NamedTuple):
 
 
 def expected_shapes(config: InternVLConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of transformers' model under the name it is stored by, in the model's order; no memory is taken."""
-    with torch.device("meta"):
-        model = InternVLForConditionalGeneration(config)
+    """Every tensor of transformers' model under the name it is stored by, in the model's order; no memory is taken.
+
+    raises  ValueError where the config describes no model
+    """
+    try:
+        with torch.device("meta"):
+            model = InternVLForConditionalGeneration(config)
+    except Exception as error:  # a config whose fields do not go together fails in any of the modules
+        raise ValueError(f"config.json describes no model: {type(error).__name__}: {error}") from error
     return {names.stored_name(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 

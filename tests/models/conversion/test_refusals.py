@@ -39,6 +39,7 @@ CONFIGS = {
     "eps": ({"tower": {"layer_norm_eps": 1e-5}}, "layer_norm_eps must be 1e-6 under qk_normalization, got 1e-05"),
     "vocabulary": ({"text": {"vocab_size": 152064}}, "vocab_size is 152064, the stored embedding has 265 rows"),
     "type": ({"text": {"rms_norm_eps": "small"}}, "config.json: "),
+    "heads": ({"tower": {"num_attention_heads": 5}}, "config.json describes no model: "),
     "part": ({"llm_config": 3}, "llm_config must be an object, got 3"),
     "kind": ({"model_type": "llava"}, "model_type must be internvl or internvl_chat or skywork_chat, got 'llava'"),
     "layers": ({"tower": {"num_hidden_layers": 3}}, "13 missing: vision_model.encoder.layers.2."),
@@ -78,7 +79,7 @@ TENSORS = {
     "prefix": (lambda w: w.update({"embeddings.class_embedding": torch.zeros(1)}), "1 left over: embeddings.class_emb"),
     "shape": (lambda w: w.update({"mlp1.1.bias": torch.zeros(2)}), "mlp1.1.bias: expected [48], got [2]"),
     "scalar": (lambda w: w.update({"mlp1.1.bias": torch.tensor(1.0)}), "mlp1.1.bias: expected [48], got []"),
-    "many": (lambda w: w.update({f"x{i}": torch.zeros(1) for i in range(10)}), "10 left over: x0, x1, x2, x3, x4, x5, x6, x7 and 2 more"),
+    "many": (lambda w: w.update({f"x{i}": torch.zeros(1) for i in range(10)}), "10 left over: x0, x1, x2, x3, x4, x5, x6, x7"),
 }  # fmt: skip
 
 
@@ -204,6 +205,7 @@ BACK = {
     "strategy": ({"vision_feature_select_strategy": "full"}, "expected vision_feature_select_strategy 'default'"),
     "mask": ({"vision_config": {"use_mask_token": True}}, "no place for vision_tower.embeddings.mask_token"),
     "language": ({"text_config": {"model_type": "llama"}}, "the language model must be qwen2, got 'llama'"),
+    "layer types": ({"text_config": {"num_hidden_layers": 3}}, "cannot read its config.json: "),
     "layers": ({"text_config": {"num_hidden_layers": 3, "layer_types": None}}, "12 missing: language_model.model.lay"),
 }
 
