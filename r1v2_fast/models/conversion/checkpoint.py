@@ -18,7 +18,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """raises  ValueError where it is not a JSON object"""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON and of UTF-8
+    except (ValueError, RecursionError) as error:  # of JSON and of UTF-8
         raise ValueError(f"{path}: cannot read it as JSON: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(found).__name__}")

@@ -53,7 +53,8 @@ def check_supported(original: dict[str, Any]) -> None:
     """raises  ValueError where transformers' InternVL cannot be what this config describes"""
     full = with_defaults(original)
     language, tower = _part(original, "llm_config"), full["vision_config"]
-    kind = (language.get("architectures") or [language.get("model_type")])[0]
+    listed = language.get("architectures")
+    kind = listed[0] if isinstance(listed, list) and listed else language.get("model_type")
     if kind not in ("Qwen2ForCausalLM", "qwen2"):
         raise ValueError(f"llm_config: the language model must be Qwen2ForCausalLM, got {kind}, which is not supported")
     if quantization := original.get("quantization_config") or language.get("quantization_config"):
@@ -102,16 +103,14 @@ def to_transformers(
     vision |= {name: [tower[name]] * 2 for name in PAIRS if isinstance(tower[name], int)}
     text = {name: language[name] for name in LANGUAGE if name in language}
     text |= {"model_type": "qwen2", "vocab_size": said, "tie_word_embeddings": tied}
-    scaling = {n: v for n, v in (language.get("rope_scaling") or {}).items() if n != "type" and v is not None}
-    kind = (language.get("rope_scaling") or {}).get("type", "default")  # the name before rope_type
-    text["rope_parameters"] = {"rope_type": kind, **scaling, "rope_theta": float(language.get("rope_theta", 1e4))}
-    side = full["force_image_size"] or vision["image_size"][0]
     try:
+        text["rope_parameters"] = _rope(language)
+        tokens = _tokens_per_tile(full["force_image_size"] or tower["image_size"], tower["patch_size"], full)
         config = InternVLConfig(
             vision_config=vision,
             text_config=text,
             image_token_id=image_token_id,
-            image_seq_length=int((side // vision["patch_size"][0]) ** 2 * full["downsample_ratio"] ** 2),
+            image_seq_length=tokens,
             downsample_ratio=full["downsample_ratio"],
             vision_feature_layer=full["select_layer"],
             tie_word_embeddings=tied,
@@ -124,3 +123,25 @@ def to_transformers(
     if dtype:
         config.dtype = config.text_config.dtype = config.vision_config.dtype = dtype
     return config
+
+
+def _rope(language: dict[str, Any]) -> dict[str, Any]:
+    said = dict(language.get("rope_scaling") or {})
+    kind = said.pop("type", "default")  # the name before rope_type
+    scaling = {name: value for name, value in said.items() if value is not None}
+    return {"rope_type": kind, **scaling, "rope_theta": float(language.get("rope_theta", 1e4))}
+
+
+def _tokens_per_tile(side: int, patch: int, full: dict[str, Any]) -> int:
+    grid = side // patch * full["downsample_ratio"]
+    if side % patch or grid != int(grid) or grid < 1:
+        raise ValueError(f"a tile of {side} pixels is not cut evenly into patches of {patch} and groups of them")
+    return int(grid) ** 2
+
+
+def kept_files(config: InternVLConfig) -> dict[str, str]:
+    """The files that a converted config keeps, as text by name."""
+    kept = getattr(config, KEPT, {})
+    if not isinstance(kept, dict) or not all(isinstance(text, str) for text in kept.values()):
+        raise ValueError(f"config.json: {KEPT} must hold text by name, got {kept!r:.100}")
+    return kept

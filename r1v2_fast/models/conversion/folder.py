@@ -68,7 +68,7 @@ def _to_transformers(
     if language_model_only:
         _write_json(staging / "config.json", original_config.language_model(made))
     else:
-        keep = getattr(made, config.KEPT) | tokenizer.kept(source)
+        keep = config.kept_files(made) | tokenizer.kept(source)
         if preprocessor is not None:
             keep[PREPROCESSOR] = (source / PREPROCESSOR).read_text(encoding="utf-8")
         setattr(made, config.KEPT, keep)
@@ -86,7 +86,7 @@ def _to_original(source: Path, staging: Path, stored: dict[str, Stored]) -> dict
     found = _transformers_config(source)
     shapes = plan.original_shapes(plan.expected_shapes(found))
     targets = plan.to_original([target.spans[0].stored for target in _checked(stored, found, source).values()])
-    keep: dict[str, str] = getattr(found, config.KEPT, {})
+    keep = config.kept_files(found)
     preprocessor = _images(source)
     _write_json(staging / "config.json", original_config.to_original(found, preprocessor))
     clip = json.loads(keep[PREPROCESSOR]) if PREPROCESSOR in keep else images.to_original(preprocessor)
@@ -113,7 +113,8 @@ def _checked(stored: dict[str, Stored], found: InternVLConfig, source: Path) -> 
 
 def _transformers_config(source: Path) -> InternVLConfig:
     read = checkpoint.read_json(source / "config.json")
-    if (kind := (read.get("text_config") or {}).get("model_type", "qwen2")) != "qwen2":
+    text = read.get("text_config") or {}
+    if (kind := text.get("model_type", "qwen2") if isinstance(text, dict) else text) != "qwen2":
         raise ValueError(f"text_config: the language model must be qwen2, got {kind!r}, which is not supported")
     try:
         return InternVLConfig.from_dict(read)

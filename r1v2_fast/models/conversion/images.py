@@ -15,14 +15,25 @@ def to_transformers(original: dict[str, Any], images: dict[str, Any]) -> dict[st
 
     original  config.json, where the original code reads size and tiles
     images    the original preprocessor_config.json, where the statistics are; ImageNet's where it is silent
+    raises    ValueError where a number of tiles or the statistics are none
     """
     full = with_defaults(original)
     side = full["force_image_size"] or full["vision_config"]["image_size"]
+    fewest, most = full["min_dynamic_patch"], full["max_dynamic_patch"]
+    if not (type(fewest) is type(most) is int and 1 <= fewest <= most):
+        raise ValueError(f"expected 1 <= min_dynamic_patch <= max_dynamic_patch, got {fewest!r} and {most!r}")
+    statistics = {
+        "image_mean": images.get("image_mean", IMAGENET_MEAN),
+        "image_std": images.get("image_std", IMAGENET_STD),
+    }
+    for name, value in statistics.items():
+        if not (isinstance(value, list) and len(value) == 3 and {type(number) for number in value} <= {int, float}):
+            raise ValueError(f"preprocessor_config.json: {name} must be three numbers, got {value!r}")
     return {
         "image_processor_type": "GotOcr2ImageProcessor",
         "crop_to_patches": bool(full["dynamic_image_size"]),
-        "min_patches": full["min_dynamic_patch"],
-        "max_patches": full["max_dynamic_patch"],
+        "min_patches": fewest,
+        "max_patches": most,
         "size": {"height": side, "width": side},
         "resample": 3,  # bicubic
         "do_convert_rgb": True,
@@ -30,8 +41,7 @@ def to_transformers(original: dict[str, Any], images: dict[str, Any]) -> dict[st
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": images.get("image_mean", IMAGENET_MEAN),
-        "image_std": images.get("image_std", IMAGENET_STD),
+        **statistics,
     }
 
 

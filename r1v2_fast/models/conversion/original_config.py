@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import InternVLConfig, Qwen2Config
 
-from r1v2_fast.models.conversion.config import KEPT, LANGUAGE, PAIRS, RENAMED, TOWER, to_transformers
+from r1v2_fast.models.conversion.config import KEPT, LANGUAGE, PAIRS, RENAMED, TOWER, kept_files, to_transformers
 
 # What says nothing about which function the weights are
 _NO_SHAPE = {"dtype", "architectures", "transformers_version", "use_cache", "_name_or_path", KEPT, "eos_token_id",
@@ -21,7 +21,7 @@ def to_original(config: InternVLConfig, images: dict[str, Any]) -> dict[str, Any
     raises  ValueError where the kept one describes another model, or the original classes cannot be this one
     """
     built = _build(config, images)
-    if not (text := getattr(config, KEPT, {}).get("config.json")):
+    if not (text := kept_files(config).get("config.json")):
         return built
     kept = json.loads(text)
     again = to_transformers(

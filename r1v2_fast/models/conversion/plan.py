@@ -76,7 +76,7 @@ def original_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[in
     for name, shape in shapes.items():
         if (placed := names.to_original(name)) is None:
             raise ValueError(f"the original layout has no place for {name}, which this config.json asks for")
-        rows = found[placed[0]][0] if placed[0] in found and placed[1] else 0
+        rows = found[placed[0]][0] if placed[0] in found else 0
         found[placed[0]] = (rows + shape[0], *shape[1:])
     order = ("vision_model.", names.LANGUAGE, "mlp1.")
     return dict(sorted(found.items(), key=lambda item: next(i for i, o in enumerate(order) if item[0].startswith(o))))

@@ -33,7 +33,7 @@ def read_header(path: Path) -> dict[str, Stored]:
             entries = sorted(
                 ((name, _entry(value)) for name, value in header.items()), key=lambda e: (e[1][2], e[1][3])
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}: cannot read its safetensors header: {error}") from error
     found, end = {}, 0
     for name, (dtype, shape, start, stop) in entries:
@@ -59,13 +59,16 @@ def _entry(value: dict[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
 
 
 def _read(path: Path, offset: int, start: int, stop: int) -> Iterator[bytes]:
-    with path.open("rb", buffering=0) as stream:
-        stream.seek(offset + start)
-        while start < stop:
-            if not (chunk := stream.read(min(CHUNK, stop - start))):
-                raise ValueError(f"{path}: it became shorter while it was read")
-            start += len(chunk)
-            yield chunk
+    try:
+        with path.open("rb", buffering=0) as stream:
+            stream.seek(offset + start)
+            while start < stop:
+                if not (chunk := stream.read(min(CHUNK, stop - start))):
+                    raise ValueError(f"{path}: it became shorter while it was read")
+                start += len(chunk)
+                yield chunk
+    except OSError as error:  # not to be taken for one of the folder that is written
+        raise ValueError(f"{path}: cannot read it: {error}") from error
 
 
 def write(path: Path, targets: Iterable[Target]) -> None:

@@ -40,7 +40,7 @@ def own_template(source: Path) -> str | None:
     if (source / OLD_TEMPLATE).is_file():
         found = read_json(source / OLD_TEMPLATE).get("chat_template", found)
     if isinstance(found, list):  # several by name
-        found = {entry["name"]: entry["template"] for entry in found}.get("default")
+        found = next((e.get("template") for e in found if isinstance(e, dict) and e.get("name") == "default"), None)
     if not isinstance(found, str | None):
         raise ValueError(f"{source}: chat_template must be a string, got {type(found).__name__}")
     return found
@@ -130,7 +130,10 @@ def _load(folder: Path, source: Path) -> Any:
 
 
 def _check_ids(source: Path, settings: dict[str, Any], vocabulary: dict[str, int]) -> None:
-    said = {entry["content"]: int(index) for index, entry in settings.get("added_tokens_decoder", {}).items()}
+    try:
+        said = {entry["content"]: int(index) for index, entry in settings.get("added_tokens_decoder", {}).items()}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{source / CONFIG}: added_tokens_decoder must hold each token's content: {error}") from error
     if (source / "added_tokens.json").is_file():
         said |= read_json(source / "added_tokens.json")
     if wrong := {t: (i, vocabulary.get(t)) for t, i in said.items() if vocabulary.get(t) != i}:

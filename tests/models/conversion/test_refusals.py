@@ -40,6 +40,9 @@ CONFIGS = {
     "vocabulary": ({"text": {"vocab_size": 152064}}, "vocab_size is 152064, the stored embedding has 265 rows"),
     "type": ({"text": {"rms_norm_eps": "small"}}, "config.json: "),
     "heads": ({"tower": {"num_attention_heads": 5}}, "config.json describes no model: "),
+    "rope": ({"text": {"rope_scaling": [2.0]}}, "config.json: "),
+    "tile": ({"force_image_size": 70}, "a tile of 70 pixels is not cut evenly into patches of 14 and groups of them"),
+    "tiles": ({"max_dynamic_patch": 0}, "expected 1 <= min_dynamic_patch <= max_dynamic_patch, got 1 and 0"),
     "part": ({"llm_config": 3}, "llm_config must be an object, got 3"),
     "kind": ({"model_type": "llava"}, "model_type must be internvl or internvl_chat or skywork_chat, got 'llava'"),
     "layers": ({"tower": {"num_hidden_layers": 3}}, "13 missing: vision_model.encoder.layers.2."),
@@ -58,6 +61,12 @@ def test_a_config_that_is_not_supported_or_not_the_weights(checkpoint, refused, 
         source.config |= {part: source.config[part] | value} if part else {name: value}
     (source.path / "config.json").write_text(json.dumps(source.config))
     assert message in refused(source.path)
+
+
+def test_statistics_that_are_none_are_refused(checkpoint, refused):
+    source = checkpoint()
+    (source.path / "preprocessor_config.json").write_text(json.dumps({"image_mean": 0.5}))
+    assert "preprocessor_config.json: image_mean must be three numbers, got 0.5" in refused(source.path)
 
 
 def test_a_silent_ps_version_means_v1_as_in_the_original_class(checkpoint, refused):
@@ -200,6 +209,7 @@ def converted(checkpoint, tmp_path):
 
 
 BACK = {
+    "kept": ({"original_files": {"config.json": 3}}, "original_files must hold text by name, got {"),
     "another model": ({"text_config": {"rms_norm_eps": 1e-6}}, "is no longer what its original_files describes: text"),
     "another head": ({"tie_word_embeddings": True}, "tie_word_embeddings is true"),
     "strategy": ({"vision_feature_select_strategy": "full"}, "expected vision_feature_select_strategy 'default'"),

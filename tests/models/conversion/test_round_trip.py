@@ -1,6 +1,7 @@
 """There and back: every tensor bit for bit, and the config."""
 
 import json
+import struct
 from itertools import pairwise
 
 import pytest
@@ -9,6 +10,7 @@ from safetensors import safe_open
 
 from r1v2_fast.cli import main
 from r1v2_fast.models import load
+from r1v2_fast.models.conversion.config import with_defaults
 
 
 def same_bits(got, expected):
@@ -114,6 +116,58 @@ def test_a_model_that_was_never_original_becomes_one_and_returns(stored, tmp_pat
     was, now = load.from_folder(tmp_path / "toy"), load.from_folder(tmp_path / "back")
     assert now.image_processor.to_dict() == was.image_processor.to_dict()
     assert now.tokenizer.get_vocab() == was.tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tower": {"qkv_bias": True, "qk_normalization": False, "norm_type": "layer_norm"}, "max_dynamic_patch": 6},
+        {"text": {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "select_layer": -2},
+        {"text": {"tie_word_embeddings": True}, "weights": lambda w: w.pop("language_model.lm_head.weight")},
+    ],
+)
+def test_without_what_was_kept_the_config_says_the_same(checkpoint, stored, tmp_path, changes):
+    source = checkpoint(**changes)
+    assert main(["convert", str(source.path), str(tmp_path / "dst")]) == 0
+    path = tmp_path / "dst" / "config.json"
+    path.write_text(json.dumps({n: v for n, v in json.loads(path.read_text()).items() if n != "original_files"}))
+    assert main(["convert", str(tmp_path / "dst"), str(tmp_path / "back")]) == 0
+    same_bits(stored(tmp_path / "back"), source.weights)
+    built, full = json.loads((tmp_path / "back" / "config.json").read_text()), with_defaults(source.config)
+    assert built.pop("hidden_size") == 48
+    tied = built.pop("tie_word_embeddings")
+    assert tied == built["llm_config"]["tie_word_embeddings"] == full["llm_config"]["tie_word_embeddings"]
+    for part, silent in (("vision_config", set()), ("llm_config", {"rope_scaling", "head_dim", "pad_token_id"})):
+        was, now = full.pop(part), built.pop(part)
+        absent = {"attention_dropout", "initializer_range", "use_sliding_window"} | silent
+        assert all(was[n] == v for n, v in now.items() if n in was or n not in absent), part
+    assert all(full[name] == value for name, value in built.items())
+
+
+def test_rope_is_also_said_as_older_servers_read_it(checkpoint, tmp_path):
+    source = checkpoint(text={"rope_scaling": {"type": "dynamic", "factor": 2.0}})
+    for options in ([], ["--language-model-only"]):
+        out = tmp_path / f"out{len(options)}"
+        assert main(["convert", str(source.path), str(out), *options]) == 0
+        config = json.loads((out / "config.json").read_text())
+        text = config.get("text_config", config)
+        assert text["rope_parameters"] == {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e6}
+        assert text["rope_theta"] == 1e6 and text["rope_scaling"] == {"rope_type": "dynamic", "factor": 2.0}
+
+
+def test_every_tensor_lies_where_its_dtype_is_aligned(checkpoint, tmp_path):
+    """As safetensors' readers want it: an odd number of bf16 values may not push an fp32 tensor off."""
+    source = checkpoint(dtype=torch.bfloat16, weights=lambda w: w.update({"mlp1.3.bias": w["mlp1.3.bias"].float()}))
+    for name in ("dst", "back"):
+        assert main(["convert", str(source.path if name == "dst" else tmp_path / "dst"), str(tmp_path / name)]) == 0
+        raw = (tmp_path / name / "model.safetensors").read_bytes()
+        length = struct.unpack("<Q", raw[:8])[0]
+        entries = [v for n, v in json.loads(raw[8 : 8 + length]).items() if n != "__metadata__"]
+        assert length % 8 == 0
+        sizes = [{"F32": 4, "BF16": 2}[v["dtype"]] for v in entries]
+        assert sizes == sorted(sizes, reverse=True) and set(sizes) == {4, 2}
+        assert all(v["data_offsets"][0] % size == 0 for v, size in zip(entries, sizes, strict=True))
 
 
 def test_names_that_transformers_modules_have_are_read_too(checkpoint, deal, stored, tmp_path):
