@@ -7,7 +7,16 @@ from typing import Any
 
 from transformers import InternVLConfig, Qwen2Config
 
-from r1v2_fast.models.conversion.config import KEPT, LANGUAGE, PAIRS, RENAMED, TOWER, kept_files, to_transformers
+from r1v2_fast.models.conversion.config import (
+    KEPT,
+    LANGUAGE,
+    PAIRS,
+    RENAMED,
+    TOWER,
+    kept_files,
+    to_transformers,
+    with_defaults,
+)
 
 # What says nothing about which function the weights are
 _NO_SHAPE = {"dtype", "architectures", "transformers_version", "use_cache", "_name_or_path", KEPT, "eos_token_id",
@@ -34,7 +43,9 @@ def to_original(config: InternVLConfig, images: dict[str, Any]) -> dict[str, Any
     if changed := sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name)):
         said = "; ".join(f"{name}: expected {was.get(name)!r}, got {now.get(name)!r}" for name in changed[:4])
         raise ValueError(f"config.json is no longer what its {KEPT} describes: {said}")
-    original = _without_code(kept)
+    original, full = _without_code(kept), with_defaults(kept)
+    for name in ("dynamic_image_size", "min_dynamic_patch", "max_dynamic_patch"):  # as it was trained
+        original |= {name: built[name]} if built[name] != full[name] else {}
     if _dtype(config) != _dtype(again):  # exported in another one
         for part in (original, original["llm_config"], original.get("vision_config", {})):
             part |= {"torch_dtype": built["torch_dtype"]}

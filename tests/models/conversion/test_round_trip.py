@@ -105,6 +105,31 @@ def test_another_dtype_is_said_in_the_config(checkpoint, tmp_path):
     assert [c["torch_dtype"] for c in (config, config["llm_config"], config["vision_config"])] == ["bfloat16"] * 3
 
 
+def test_tiles_that_training_changed_are_said_in_the_config(checkpoint, tmp_path):
+    source = checkpoint()
+    assert main(["convert", str(source.path), str(tmp_path / "dst")]) == 0
+    loaded = load.from_folder(tmp_path / "dst")
+    loaded.image_processor.max_patches = 7
+    load.save_folder(tmp_path / "trained", loaded)
+    assert main(["convert", str(tmp_path / "trained"), str(tmp_path / "back")]) == 0
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert config == without_code(source.config) | {"max_dynamic_patch": 7}
+
+
+@pytest.mark.parametrize("top", [True, False])
+def test_the_top_level_says_whether_the_head_is_tied_where_llm_config_is_silent(checkpoint, stored, tmp_path, top):
+    source = checkpoint(
+        tie_word_embeddings=top, weights=(lambda w: w.pop("language_model.lm_head.weight")) if top else None
+    )
+    del source.config["llm_config"]["tie_word_embeddings"]
+    (source.path / "config.json").write_text(json.dumps(source.config))
+    back = there_and_back(source, tmp_path)
+    same_bits(stored(back), source.weights)
+    assert json.loads((back / "config.json").read_text()) == without_code(source.config)
+    model = load.from_folder(tmp_path / "dst").model
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) is top
+
+
 def test_a_model_that_was_never_original_becomes_one_and_returns(stored, tmp_path):
     load.save_folder(tmp_path / "toy", load.from_preset("digits", words=["a"], seed=0))
     assert main(["convert", str(tmp_path / "toy"), str(tmp_path / "original"), "--to", "original"]) == 0
