@@ -288,6 +288,10 @@ class Model(Section):
     """Or a local InternVL-family folder in Hugging Face format."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the frozen weights, the matmuls and the stages' products; what trains is held in fp32 (mixed precision)."""
+    feature_cache_gib: float = Field(1.0, gt=0)
+    """Memory on the model's device for the frozen tower's features; an image of R1V2-38B's 13 tiles takes 0.08 GiB."""
+    feature_cache_folder: str | None = None
+    """Features also go to files here and are read by later runs with the same tower; null keeps them in memory alone."""
     packing: bool = True
     """A prompt stands once in a batch, its responses behind it; false repeats it for each response and pads."""
     attention: Literal["auto", "sdpa", "flex", "flash"] = "auto"

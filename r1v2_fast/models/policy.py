@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from r1v2_fast import ops
 from r1v2_fast.config import LoRA, Part
 from r1v2_fast.models import attention, freeze, load, lora, vision
+from r1v2_fast.models.feature_cache import FeatureCache
 
 Pixels = Callable[[list[str]], list[torch.Tensor]]  # image keys -> tiles [T, 3, H, W] each; data.images.ImageStore
 
@@ -28,7 +29,7 @@ class Backbone:
     With the tower frozen an image is encoded once, whatever the number of responses, stages or models that see it.
     """
 
-    def __init__(self, internvl, pixels: Pixels, features: vision.FeatureCache):
+    def __init__(self, internvl, pixels: Pixels, features: FeatureCache):
         self.internvl = internvl  # transformers' InternVLModel
         self.pixels = pixels
         self.features = features
@@ -117,7 +118,7 @@ class Backbone:
         unique = list(dict.fromkeys(keys))
         if self.vision_frozen:
             with torch.no_grad():
-                features = self.features.get(unique, self._encode_each)
+                features = self.features.get(unique, self.pixels, self._encode_each, self.internvl.vision_tower)
         else:
             features = self._encode(unique)
         tiles = [feature.shape[0] for feature in features]
@@ -155,7 +156,7 @@ class Backbone:
 class Policy(Backbone):
     """A `Backbone` with its head, tokenizer and trainable parts."""
 
-    def __init__(self, loaded: load.Loaded, pixels: Pixels, features: vision.FeatureCache):
+    def __init__(self, loaded: load.Loaded, pixels: Pixels, features: FeatureCache):
         super().__init__(loaded.model.model, pixels, features)
         self.loaded = loaded
         self.tokenizer = loaded.tokenizer

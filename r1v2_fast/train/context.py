@@ -17,10 +17,10 @@ from r1v2_fast.data.images import ImageStore
 from r1v2_fast.data.records import Dataset, Record
 from r1v2_fast.log import Log
 from r1v2_fast.models import attention, load
+from r1v2_fast.models.feature_cache import FeatureCache
 from r1v2_fast.models.packing import PackedBatch, pack
 from r1v2_fast.models.policy import Backbone, Policy
 from r1v2_fast.models.reward_model import RewardModel
-from r1v2_fast.models.vision import FeatureCache
 from r1v2_fast.rollout.engine import Prompt
 from r1v2_fast.train.best import Best
 
@@ -122,7 +122,9 @@ class Context:
         loaded.model.to(self.device)
         loaded.image_processor.max_patches = self.recipe.data.max_tiles  # saved with every policy
         self.reader = Reader(self.corpus, loaded, max_tiles=self.recipe.data.max_tiles, packing=self._packing(loaded))
-        self.policy = Policy(loaded, self.reader.pixels, FeatureCache())
+        model = self.recipe.model
+        features = FeatureCache(int(model.feature_cache_gib * 2**30), model.feature_cache_folder)
+        self.policy = Policy(loaded, self.reader.pixels, features)
         self.policy.settle()
         self._attend(self.policy)
 

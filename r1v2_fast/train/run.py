@@ -108,7 +108,8 @@ def _stages(context: Context, stop: StopRequest) -> None:
         product = folder / "stages" / name
         if product.is_dir():  # written whole by an earlier start
             if name == "reward":
-                context.score_with(RewardModel.load(product, context.reader.pixels, device=context.device))
+                pixels, features = context.reader.pixels, context.policy.features.like()
+                context.score_with(RewardModel.load(product, pixels, features, device=context.device))
             else:
                 context.use(load.from_folder(product, dtype=getattr(torch, recipe.model.dtype)))
             fresh = False
