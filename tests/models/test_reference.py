@@ -1,4 +1,4 @@
-"""The reference policy without a second model: the trained weights change places with their initial values, nothing else moves."""
+"""The reference policy without a second model: trained weights change places with their initial values, nothing else moves."""
 
 import pytest
 import torch
