@@ -141,7 +141,8 @@ def test_a_source_that_is_no_folder_is_named(run, tmp_path):
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs without it
 from r1v2_fast.models.conversion import safetensors_file
 copy = safetensors_file._copy
 def slow(target, stream):
