@@ -309,6 +309,20 @@ class Data(Section):
     max_tiles: int = Field(12, gt=0)
 
 
+class Rollout(Section):
+    """What samples the responses; docs/rollout.md."""
+
+    engine: Literal["local"] = "local"
+    """local: transformers in this process."""
+    max_rows: int | None = Field(None, gt=0)
+    """Local: rows of one decode step, refilled as responses end. Their keys and values are what memory goes to: rows times
+    the longest prompt and max_new_tokens. None: a row for every response."""
+    prefill_tokens: int | None = Field(None, gt=0)
+    """Local: padded tokens of one prefill. None: as many prompts at once as there are free rows for."""
+    cuda_graphs: bool = True
+    """Local, on a GPU: replay decode steps as CUDA graphs."""
+
+
 class Evaluation(Section):
     sets: dict[str, str] = Field(min_length=1)
     """Name -> file of held-out records."""
@@ -359,6 +373,7 @@ class Recipe(Section):
     reward: Reward | None = None
     mpo: MPO | None = None
     grpo: GRPO | None = None
+    rollout: Rollout = Rollout()
     evaluation: Evaluation
     checkpoint: Checkpoint = Checkpoint()
     samples_every: int = Field(10, gt=0)

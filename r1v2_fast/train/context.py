@@ -20,7 +20,8 @@ from r1v2_fast.models import load
 from r1v2_fast.models.policy import Policy
 from r1v2_fast.models.reward_model import RewardModel
 from r1v2_fast.models.vision import FeatureCache
-from r1v2_fast.rollout.engine import Prompt
+from r1v2_fast.rollout.engine import Engine, Prompt
+from r1v2_fast.rollout.generation import LocalEngine
 from r1v2_fast.train.best import Best
 
 
@@ -112,6 +113,7 @@ class Context:
         self.best = Best(folder, recipe.checkpoint)
         self.policy: Policy
         self.reader: Reader
+        self.engine: Engine
         self.reward_model: RewardModel | None = None
 
     def use(self, loaded: load.Loaded) -> None:
@@ -121,6 +123,13 @@ class Context:
         self.reader = Reader(self.corpus, loaded, max_tiles=self.recipe.data.max_tiles)
         self.policy = Policy(loaded, self.reader.pixels, FeatureCache())
         self.policy.settle()
+        rollout = self.recipe.rollout
+        self.engine = LocalEngine(
+            self.policy,
+            max_rows=rollout.max_rows,
+            prefill_tokens=rollout.prefill_tokens,
+            cuda_graphs=rollout.cuda_graphs,
+        )
 
     def initial(self) -> load.Loaded:
         """The model the recipe starts from."""
