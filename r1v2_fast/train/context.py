@@ -20,8 +20,8 @@ from r1v2_fast.models import load
 from r1v2_fast.models.policy import Policy
 from r1v2_fast.models.reward_model import RewardModel
 from r1v2_fast.models.vision import FeatureCache
+from r1v2_fast.rollout.choose import engine_of
 from r1v2_fast.rollout.engine import Engine, Prompt
-from r1v2_fast.rollout.generation import LocalEngine
 from r1v2_fast.train.best import Best
 
 
@@ -113,7 +113,7 @@ class Context:
         self.best = Best(folder, recipe.checkpoint)
         self.policy: Policy
         self.reader: Reader
-        self.engine: Engine
+        self._engine: Engine | None = None
         self.reward_model: RewardModel | None = None
 
     def use(self, loaded: load.Loaded) -> None:
@@ -123,13 +123,18 @@ class Context:
         self.reader = Reader(self.corpus, loaded, max_tiles=self.recipe.data.max_tiles)
         self.policy = Policy(loaded, self.reader.pixels, FeatureCache())
         self.policy.settle()
-        rollout = self.recipe.rollout
-        self.engine = LocalEngine(
-            self.policy,
-            max_rows=rollout.max_rows,
-            prefill_tokens=rollout.prefill_tokens,
-            cuda_graphs=rollout.cuda_graphs,
-        )
+        self.close()
+        self._engine = engine_of(self.recipe.rollout, self.policy)
+
+    @property
+    def engine(self) -> Engine:
+        assert self._engine is not None, "no policy yet"
+        return self._engine
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
 
     def initial(self) -> load.Loaded:
         """The model the recipe starts from."""
