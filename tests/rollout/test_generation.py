@@ -8,6 +8,8 @@ from transformers import AutoModelForImageTextToText, Qwen2Config, Qwen2Model
 
 from r1v2_fast.data.collate import Sequence, collate
 from r1v2_fast.models import load
+from r1v2_fast.models.policy import Policy
+from r1v2_fast.models.vision import FeatureCache
 from r1v2_fast.rollout import decode, generation
 from r1v2_fast.rollout.generation import LocalEngine, end_ids
 from r1v2_fast.rollout.slots import window_of
@@ -85,6 +87,17 @@ def test_sampled_log_probs_are_the_training_forwards(max_rows, context, prompts)
     assert (ours - behaviour).abs().max() <= 1e-5
     hotter = context.policy.response_logprobs(batch, temperature=0.8).logprobs.detach()
     assert (hotter - behaviour).abs().max() > 1e-2, "another temperature would pass too"
+
+
+def test_in_16_bits_too_log_probs_are_the_training_forwards_up_to_rounding(context, prompts, tmp_path):
+    load.save_folder(tmp_path, context.policy.loaded)
+    policy = Policy(load.from_folder(tmp_path, dtype=torch.bfloat16), context.reader.pixels, FeatureCache())
+    policy.train_parts(["adapter"])
+    sampled = LocalEngine(policy, max_rows=5).generate(prompts, **SETTINGS, temperature=1.0, seeds=list(range(8)))
+    sequences = [Sequence(prompts[i // 3].ids, r.ids, prompts[i // 3].image_keys) for i, r in enumerate(sampled)]
+    ours = policy.response_logprobs(collate(sequences, 0)).logprobs.detach()
+    theirs = torch.cat([r.logprobs for r in sampled])
+    assert theirs.dtype == torch.float32 and (ours - theirs).abs().mean() <= 0.02 * theirs.abs().mean()
 
 
 def test_no_placeholder_in_a_hundred_thousand_samples(context, prompts, monkeypatch):
