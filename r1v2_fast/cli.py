@@ -1,4 +1,4 @@
-"""r1v2-fast train | evaluate | filter | chat | export | report | doctor."""
+"""r1v2-fast train | evaluate | filter | chat | export | convert | report | doctor."""
 
 from __future__ import annotations
 
@@ -104,6 +104,18 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     export.set_defaults(command=_export)
 
+    convert = commands.add_parser(
+        "convert", help="turn an InternVL or Skywork checkpoint into transformers' layout, or back"
+    )
+    convert.add_argument("source", metavar="src", help="a local checkpoint folder in either layout")
+    convert.add_argument("out", metavar="dst", help="folder to write")
+    convert.add_argument("--to", choices=("transformers", "original"), help="default: the layout that src is not in")
+    convert.add_argument("--language-model-only", action="store_true", help="write its Qwen2ForCausalLM alone")
+    convert.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file: 5GB, 2GiB, 500MB")
+    convert.add_argument("--allow-pickle", action="store_true", help="read .bin shards where there is nothing else")
+    convert.add_argument("--overwrite", action="store_true", help="replace an earlier conversion")
+    convert.set_defaults(command=_convert)
+
     report = commands.add_parser("report", help="write report.html of a run folder")
     report.add_argument("folder")
     report.set_defaults(command=_report)
@@ -194,6 +206,13 @@ def _export(**options) -> int:
     from r1v2_fast.commands import export
 
     print(export.run(**options))
+    return 0
+
+
+def _convert(**options) -> int:
+    from r1v2_fast.commands import convert
+
+    print(convert.run(**options))
     return 0
 
 

@@ -14,8 +14,9 @@ from r1v2_fast.log import Log, read
 from r1v2_fast.models import freeze, load, lora
 from r1v2_fast.ops.policy_loss import KINDS
 from r1v2_fast.rollout.generation import LocalEngine
-from r1v2_fast.train import run
-from r1v2_fast.train.batching import micro_batches, padded_tokens
+from r1v2_fast.testing.double import to_double
+from r1v2_fast.train import batching, run
+from r1v2_fast.train.batching import tokens
 from r1v2_fast.train.context import Context
 from r1v2_fast.train.loop import _rehearse
 from r1v2_fast.train.metrics import Mean
@@ -47,9 +48,17 @@ def stage_of(name, folder, reward, *more, double=False):
     context = Context(recipe, folder, Log(folder))
     loaded = context.initial()
     if double:
-        loaded.model.double()
+        to_double(loaded.model)
     context.use(loaded)
     return run.STAGES[name](context, getattr(recipe, name))
+
+
+def micro_batches(samples, budget):
+    return batching.micro_batches(samples, budget, packed=True)
+
+
+def packed(samples):
+    return tokens(samples, packed=True)
 
 
 def gradient(stage, samples, budget):
@@ -90,7 +99,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(name, more, tmp_path
     if name == "reward":  # a head of zeros passes nothing on
         torch.nn.init.normal_(stage.model.head.weight, std=0.1)
     whole, count = gradient(stage, samples, None)
-    budget = 3 * padded_tokens(samples[:1])
+    budget = 3 * packed(samples[:1])
     split, parts = gradient(stage, samples, budget)
     assert count == 1 and parts > 2 and whole.abs().max() > 0
     assert far(split, whole) <= 1e-10  # parity in fp64, by the numerics contract
@@ -143,7 +152,7 @@ def test_the_metrics_of_mpo_do_not_depend_on_micro_batches(tmp_path, reward):
             parameter.mul_(1.3)  # away from the reference
     samples = stage.collect(0, {})
     found = []
-    for budget in (None, 2 * padded_tokens(samples[:1])):
+    for budget in (None, 2 * packed(samples[:1])):
         mean = Mean(sums=("num_tokens", *stage.shares))
         for part in micro_batches(samples, budget):
             own = {}
@@ -167,7 +176,7 @@ def test_the_metrics_of_grpo_do_not_depend_on_micro_batches(more, tmp_path, rewa
     for index, sample in enumerate(samples):
         sample.old_logprobs = sample.behaviour_logprobs + 0.1 * (-1) ** index
     found = []
-    for budget in (None, 2 * padded_tokens(samples[:1])):
+    for budget in (None, 2 * packed(samples[:1])):
         mean = Mean()
         for part in micro_batches(samples, budget):
             own = {}
@@ -188,8 +197,8 @@ def test_a_rehearsal_is_the_largest_that_a_step_can_be(tmp_path, reward):
         assert len(stage.largest()) == 6 * 4 * factor
         for step in range(3):
             samples = stage.collect(step, {})
-            met = max(padded_tokens(batch) for batch in stage.mini_batches(samples, step))
-            assert met <= padded_tokens(stage.largest())
+            met = max(packed(batch) for batch in stage.mini_batches(samples, step))
+            assert met <= packed(stage.largest())
 
 
 def test_mini_batches_share_out_the_samples_and_their_gradients_average_to_the_whole(tmp_path, reward):
@@ -201,7 +210,6 @@ def test_mini_batches_share_out_the_samples_and_their_gradients_average_to_the_w
         assert sorted(id(s) for m in dealt[first : first + 2] for s in m) == sorted(map(id, samples))
     assert [id(s) for s in dealt[0]] != [id(s) for s in dealt[2]], "every pass deals anew"
     whole, _ = gradient(stage, samples, None)
-    # halves: Qwen2's RMSNorm works in fp32, and only a power of two scales through it without rounding
     shares = [gradient(stage, m, None)[0] * len(m) / len(samples) for m in dealt[:2]]
     assert far(sum(shares), whole) <= 1e-10
 
@@ -218,20 +226,32 @@ def test_a_second_update_sees_the_old_log_probs(tmp_path, reward):
 
 
 class Fake:
-    def __init__(self, prompt, response):
-        self.sequences = [Sequence([0] * prompt, [0] * response, [])]
+    def __init__(self, prompt, response, key=0):
+        self.sequences = [Sequence([key] * prompt, [0] * response, [])]
 
 
-def test_the_longest_micro_batch_comes_first_and_none_is_over_the_budget():
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_longest_micro_batch_comes_first_and_none_is_over_the_budget(packed):
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 40, (50, 2), generator=generator).tolist()
     samples = [Fake(*pair) for pair in lengths]
-    parts = micro_batches(samples, 200)
+    parts = batching.micro_batches(samples, 200, packed=packed)
     assert sorted(map(id, samples)) == sorted(id(s) for part in parts for s in part)
-    assert max(padded_tokens(part) for part in parts) <= 200
-    assert padded_tokens(parts[0][:1]) == max(padded_tokens([s]) for s in samples)
-    assert [len(part) for part in micro_batches([Fake(300, 5), Fake(1, 1)], 200)] == [1, 1]
-    assert micro_batches(samples, None) == [samples]
+    sizes = [tokens(part, packed=packed) for part in parts]
+    assert max(sizes) <= 200 and sizes[0] >= max(tokens([s], packed=packed) for s in samples)
+    alone = batching.micro_batches([Fake(300, 5), Fake(1, 1)], 200, packed=packed)
+    assert [len(part) for part in alone] == [1, 1]
+    assert batching.micro_batches(samples, None, packed=packed) == [samples]
+
+
+def test_samples_that_share_a_prompt_are_packed_together_and_split_only_over_the_budget():
+    groups = [[Fake(100, 5, key=k) for _ in range(8)] for k in range(3)]
+    mixed = [group[i] for i in range(8) for group in groups]
+    parts = micro_batches(mixed, 150)
+    assert [packed(part) for part in parts] == [140, 140, 140]
+    assert [len({s.sequences[0].prompt_ids[0] for s in part}) for part in parts] == [1, 1, 1]
+    assert [packed(part) for part in micro_batches(mixed, 120)] == [120] * 6  # four responses and their prompt, twice
+    assert [packed(part) for part in micro_batches(mixed, 280)] == [280, 140]
 
 
 @pytest.mark.parametrize("name", ["align", "reward", "mpo", "grpo"])
@@ -244,7 +264,7 @@ def test_a_rehearsal_of_the_longest_leaves_no_trace(name, tmp_path, reward, monk
     assert all(p.grad is None for p in stage.model.parameters.values())
     assert stage.state()[1] == type(stage)(stage.context, stage.settings).state()[1]
     samples = stage.collect(0, {})
-    assert padded_tokens(stage.largest()) >= padded_tokens(samples)
+    assert packed(stage.largest()) >= packed(samples)
 
     def full(*_):
         raise torch.OutOfMemoryError("no memory")

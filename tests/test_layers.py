@@ -14,7 +14,7 @@ LAYERS = {
     "testing": {"ops", "reference"},
     "ops": {"reference", "kernels", "_C", "_native"},
     "buffer": {"ops"},
-    "models": {"ops", "config"},
+    "models": {"ops", "config", "data"},
     "data": {"ops"},
     "judge": {"ops", "config"},
     "atomic": set(),

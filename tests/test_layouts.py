@@ -16,8 +16,8 @@ from r1v2_fast.data.images import ImageStore
 from r1v2_fast.data.layouts import canonical, text_of
 from r1v2_fast.data.records import Dataset
 from r1v2_fast.models import load
+from r1v2_fast.models.feature_cache import FeatureCache
 from r1v2_fast.models.policy import Policy
-from r1v2_fast.models.vision import FeatureCache
 
 RECORDS = Path(__file__).resolve().parent.parent / "examples" / "own_data" / "records.jsonl"
 ASKED = "Add the digits."

@@ -10,9 +10,9 @@ import torch
 from transformers.utils import logging
 
 from r1v2_fast.models import load
+from r1v2_fast.models.feature_cache import FeatureCache
 from r1v2_fast.models.policy import Policy
 from r1v2_fast.models.reward_model import HEAD_FILE
-from r1v2_fast.models.vision import FeatureCache
 from r1v2_fast.train.context import Corpus, Reader, pick_device
 
 

@@ -41,6 +41,22 @@ class Batch:
         lengths = self.response_mask.sum(1)
         return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
 
+    @property
+    def rows(self) -> torch.Tensor:
+        """[N]: where in the flat [B L] stands what predicts a response token."""
+        return self.response_mask.flatten().nonzero().flatten() - 1
+
+    @property
+    def targets(self) -> torch.Tensor:
+        """[N]: the response tokens."""
+        return self.input_ids[self.response_mask]
+
+    @property
+    def last(self) -> torch.Tensor:
+        """[B]: where in the flat [B L] a sequence ends."""
+        rows, columns = (torch.arange(n, device=self.input_ids.device) for n in self.input_ids.shape)
+        return rows * len(columns) + (columns * self.attention_mask).argmax(1)
+
     def to(self, device: torch.device | str) -> Batch:
         return Batch(
             self.input_ids.to(device), self.attention_mask.to(device), self.response_mask.to(device), self.image_keys

@@ -74,7 +74,7 @@ def _check_files(path: Path) -> None:
     config = _read(path, "config.json", lambda: json.loads((path / "config.json").read_text(encoding="utf-8")))
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind != "internvl":
-        hint = "; convert the original checkpoint to transformers' format first" if kind == "internvl_chat" else ""
+        hint = f"; r1v2-fast convert {path} DST writes it so" if kind in ("internvl_chat", "skywork_chat") else ""
         raise ValueError(f"{path}: config.json must have model_type 'internvl', got {kind!r}{hint}")
     for what, names in FILES.items():  # transformers would make up a tokenizer
         if not any((path / name).is_file() for name in names):

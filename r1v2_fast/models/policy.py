@@ -17,7 +17,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from r1v2_fast import ops
 from r1v2_fast.config import LoRA, Part
-from r1v2_fast.models import freeze, load, lora, vision
+from r1v2_fast.models import attention, freeze, load, lora, vision
+from r1v2_fast.models.feature_cache import FeatureCache
 
 Pixels = Callable[[list[str]], list[torch.Tensor]]  # image keys -> tiles [T, 3, H, W] each; data.images.ImageStore
 
@@ -28,7 +29,7 @@ class Backbone:
     With the tower frozen an image is encoded once, whatever the number of responses, stages or models that see it.
     """
 
-    def __init__(self, internvl, pixels: Pixels, features: vision.FeatureCache):
+    def __init__(self, internvl, pixels: Pixels, features: FeatureCache):
         self.internvl = internvl  # transformers' InternVLModel
         self.pixels = pixels
         self.features = features
@@ -37,6 +38,8 @@ class Backbone:
         self.checkpointing = False  # True recomputes each layer's activations in the backward
         self.vision_frozen = True  # then features are cached
         self._initial: list[torch.Tensor] = []
+        if attention.supported(internvl.language_model):
+            attention.install(internvl.language_model)
 
     @property
     def root(self) -> nn.Module:
@@ -115,7 +118,7 @@ class Backbone:
         unique = list(dict.fromkeys(keys))
         if self.vision_frozen:
             with torch.no_grad():
-                features = self.features.get(unique, self._encode_each)
+                features = self.features.get(unique, self.pixels, self._encode_each, self.internvl.vision_tower)
         else:
             features = self._encode(unique)
         tiles = [feature.shape[0] for feature in features]
@@ -139,7 +142,7 @@ class Backbone:
         return embeddings.masked_scatter(places.unsqueeze(-1), images.to(embeddings.dtype))
 
     def hidden(self, batch) -> torch.Tensor:
-        """Last hidden states of a `data.collate.Batch`, [B, L, H]."""
+        """Last hidden states of a `data.collate.Batch` or `models.packing.PackedBatch`, flat: [B L, H]."""
         with self.precision(), self._checkpointed():
             output = self.internvl.language_model(
                 inputs_embeds=self.embed(batch.input_ids, batch.image_keys),
@@ -147,13 +150,13 @@ class Backbone:
                 position_ids=batch.positions,
                 use_cache=False,
             )
-        return output.last_hidden_state
+        return output.last_hidden_state.flatten(0, 1)
 
 
 class Policy(Backbone):
     """A `Backbone` with its head, tokenizer and trainable parts."""
 
-    def __init__(self, loaded: load.Loaded, pixels: Pixels, features: vision.FeatureCache):
+    def __init__(self, loaded: load.Loaded, pixels: Pixels, features: FeatureCache):
         super().__init__(loaded.model.model, pixels, features)
         self.loaded = loaded
         self.tokenizer = loaded.tokenizer
@@ -175,14 +178,13 @@ class Policy(Backbone):
     def response_logprobs(
         self, batch, *, temperature: float = 1.0, needs_grad=None, outputs=(), entropy_grad=False
     ) -> ops.LogProbs:
-        """Log-probs of the response tokens, packed [N], with the placeholder tokens forbidden as in the rollout."""
+        """Log-probs of the response tokens, sequence after sequence [N], the placeholder tokens forbidden as in the rollout."""
         hidden = self.hidden(batch)
-        rows = batch.response_mask[:, 1:]
         with self.precision():
             return ops.linear_logprobs(
-                hidden[:, :-1][rows],
+                hidden[batch.rows],
                 self.head.weight,
-                batch.input_ids[:, 1:][rows],
+                batch.targets,
                 bias=self.head.bias,
                 temperature=temperature,
                 forbidden=self.forbidden,

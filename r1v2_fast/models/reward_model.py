@@ -13,8 +13,8 @@ from torch import nn
 from transformers import InternVLModel
 
 from r1v2_fast.config import LoRA, Part
+from r1v2_fast.models.feature_cache import FeatureCache
 from r1v2_fast.models.policy import Backbone, Pixels, Policy
-from r1v2_fast.models.vision import FeatureCache
 
 HEAD_FILE = "value_head.safetensors"  # the released reward model's own file and tensor names
 HEAD_NAMES = {"weight": "v_head.summary.weight", "bias": "v_head.summary.bias"}
@@ -41,7 +41,7 @@ class RewardModel(Backbone):
     def own_tower(self) -> None:
         """Stop sharing the policy's vision tower, which is about to train."""
         self.internvl.vision_tower = copy.deepcopy(self.internvl.vision_tower)
-        self.features = FeatureCache()
+        self.features = self.features.like()
 
     def train_parts(self, parts: list[str], lora_parts: Mapping[Part, LoRA] | None = None, *, seed: int = 0) -> None:
         super().train_parts(parts, lora_parts, seed=seed)
@@ -53,12 +53,10 @@ class RewardModel(Backbone):
         self.head.to(self.dtype).requires_grad_(False)
 
     def scores(self, batch) -> torch.Tensor:
-        """Score of every row, [B]: the head at its last token."""
+        """Score of every sequence, [S]: the head at its last token."""
         hidden = self.hidden(batch)
-        columns = torch.arange(batch.input_ids.shape[1], device=hidden.device)
-        last = (columns * batch.attention_mask).argmax(1)
         with self.precision():
-            scores = self.head(hidden[torch.arange(len(last), device=hidden.device), last]).squeeze(-1)
+            scores = self.head(hidden[batch.last]).squeeze(-1)
         return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
     def save(self, path: str | Path) -> None:
@@ -67,11 +65,11 @@ class RewardModel(Backbone):
         save_file(tensors, str(Path(path) / HEAD_FILE), metadata={"source": json.dumps("r1v2_fast")})
 
     @classmethod
-    def load(cls, path: str | Path, pixels: Pixels, *, device: torch.device) -> RewardModel:
+    def load(cls, path: str | Path, pixels: Pixels, features: FeatureCache, *, device: torch.device) -> RewardModel:
         internvl = InternVLModel.from_pretrained(path, local_files_only=True).to(device)
         head = nn.Linear(internvl.language_model.config.hidden_size, 1).to(device, internvl.dtype)
         tensors = load_file(str(Path(path) / HEAD_FILE), device=str(device))
         head.load_state_dict({part: tensors[name] for part, name in HEAD_NAMES.items()})
-        model = cls(internvl.eval(), head, pixels, FeatureCache())
+        model = cls(internvl.eval(), head, pixels, features)
         model.settle()
         return model

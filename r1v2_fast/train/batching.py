@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from r1v2_fast.data.collate import Sequence
+from r1v2_fast.models.packing import packed_tokens, prompt_key
 
 
 class Sample(Protocol):
@@ -29,24 +30,67 @@ class Single:
 S = TypeVar("S", bound=Sample)
 
 
-def micro_batches(samples: list[S], budget: int | None) -> list[list[S]]:
-    """Split by padded tokens, the longest samples first: where memory is short it shows at once.
+def micro_batches(samples: list[S], budget: int | None, *, packed: bool) -> list[list[S]]:
+    """Split by the tokens of a forward, the longest first: where memory is short it shows at once.
 
+    packed   samples that share a prompt stay together where the budget lets them, and pay for it once
     A sample that is longer than the budget goes alone. Without a budget all samples stay together, in their order.
     """
     if budget is None:
         return [samples]
+    return _packed(samples, budget) if packed else _padded(samples, budget)
+
+
+def by_prompt(samples: list[S]) -> list[list[S]]:
+    """Those that share their prompts together, in order of appearance."""
+    groups: dict[tuple, list[S]] = {}
+    for sample in samples:
+        groups.setdefault(tuple(map(prompt_key, sample.sequences)), []).append(sample)
+    return list(groups.values())
+
+
+def tokens(samples: Iterable[Sample], *, packed: bool) -> int:
+    """Tokens of one forward: packed, each prompt once; else rows times columns, prompts and responses padded apart."""
+    sequences = [sequence for sample in samples for sequence in sample.sequences]
+    if packed:
+        return packed_tokens(sequences)
+    prompt = max(len(s.prompt_ids) for s in sequences)
+    return len(sequences) * (prompt + max(len(s.response_ids) for s in sequences))
+
+
+def _padded(samples: list[S], budget: int) -> list[list[S]]:
     batches: list[list[S]] = []
-    for sample in sorted(samples, key=lambda s: -padded_tokens([s])):
-        if batches and padded_tokens([*batches[-1], sample]) <= budget:
+    for sample in sorted(samples, key=lambda s: -tokens([s], packed=False)):
+        if batches and tokens([*batches[-1], sample], packed=False) <= budget:
             batches[-1].append(sample)
         else:
             batches.append([sample])
     return batches
 
 
-def padded_tokens(samples: Iterable[Sample]) -> int:
-    """Rows times columns of the batch that `data.collate` makes: prompts and responses are padded apart."""
-    sequences = [sequence for sample in samples for sequence in sample.sequences]
-    prompt = max(len(s.prompt_ids) for s in sequences)
-    return len(sequences) * (prompt + max(len(s.response_ids) for s in sequences))
+def _packed(samples: list[S], budget: int) -> list[list[S]]:
+    """First fit, the largest first, of groups; one larger than the budget falls into parts, each with its own prompt."""
+    parts = [part for group in by_prompt(samples) for part in _parts(group, budget)]
+    batches: list[tuple[int, list[S]]] = []
+    for size, part in sorted(parts, key=lambda pair: -pair[0]):
+        for index, (held, batch) in enumerate(batches):
+            if held + size <= budget:
+                batches[index] = (held + size, batch + part)
+                break
+        else:
+            batches.append((size, part))
+    return [batch for _, batch in batches]
+
+
+def _parts(group: list[S], budget: int) -> list[tuple[int, list[S]]]:
+    """(tokens, samples) of runs of `group` that fit."""
+    parts: list[tuple[int, list[S]]] = []
+    alone = {id(sample): tokens([sample], packed=True) for sample in group}
+    prompts = sum({prompt_key(s): len(s.prompt_ids) for s in group[0].sequences}.values())
+    for sample in sorted(group, key=lambda s: -alone[id(s)]):
+        more = alone[id(sample)] - prompts
+        if parts and parts[-1][0] + more <= budget:
+            parts[-1] = (parts[-1][0] + more, [*parts[-1][1], sample])
+        else:
+            parts.append((alone[id(sample)], [sample]))
+    return parts

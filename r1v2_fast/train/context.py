@@ -16,10 +16,11 @@ from r1v2_fast.data.collate import Batch, PromptEncoder, Sequence, collate
 from r1v2_fast.data.images import ImageStore
 from r1v2_fast.data.records import Dataset, Record
 from r1v2_fast.log import Log
-from r1v2_fast.models import load
-from r1v2_fast.models.policy import Policy
+from r1v2_fast.models import attention, load
+from r1v2_fast.models.feature_cache import FeatureCache
+from r1v2_fast.models.packing import PackedBatch, pack
+from r1v2_fast.models.policy import Backbone, Policy
 from r1v2_fast.models.reward_model import RewardModel
-from r1v2_fast.models.vision import FeatureCache
 from r1v2_fast.rollout.choose import engine_of
 from r1v2_fast.rollout.engine import Engine, Prompt
 from r1v2_fast.train.best import Best
@@ -51,8 +52,9 @@ class Corpus:
 class Reader:
     """Records to prompts and batches, for one model's tokenizer and image processor."""
 
-    def __init__(self, corpus: Corpus, loaded: load.Loaded, *, max_tiles: int):
+    def __init__(self, corpus: Corpus, loaded: load.Loaded, *, max_tiles: int, packing: bool = True):
         self.corpus = corpus
+        self.packing = packing  # a prompt stands once in a batch, its responses behind it
         self.pixels = ImageStore(corpus.image, loaded.image_processor, max_tiles=max_tiles)
         self.encoder = PromptEncoder(loaded.tokenizer, loaded.model.config.image_seq_length)
         self.pad_id = loaded.tokenizer.pad_token_id
@@ -93,8 +95,9 @@ class Reader:
         tiles = self.pixels.max_tiles + 1 if getattr(self.pixels.processor, "crop_to_patches", False) else 1
         return len(record.images) * tiles * self.encoder.image_tokens_per_tile
 
-    def batch(self, sequences: list[Sequence], device: torch.device | str) -> Batch:
-        return collate(sequences, self.pad_id).to(device)
+    def batch(self, sequences: list[Sequence], device: torch.device | str) -> Batch | PackedBatch:
+        batch = pack(sequences) if self.packing else collate(sequences, self.pad_id)
+        return batch.to(device)
 
 
 class Context:
@@ -113,28 +116,46 @@ class Context:
         self.best = Best(folder, recipe.checkpoint)
         self.policy: Policy
         self.reader: Reader
-        self._engine: Engine | None = None
+        self.engine: Engine
         self.reward_model: RewardModel | None = None
 
     def use(self, loaded: load.Loaded) -> None:
         """Make `loaded` the policy of what follows."""
         loaded.model.to(self.device)
         loaded.image_processor.max_patches = self.recipe.data.max_tiles  # saved with every policy
-        self.reader = Reader(self.corpus, loaded, max_tiles=self.recipe.data.max_tiles)
-        self.policy = Policy(loaded, self.reader.pixels, FeatureCache())
+        self.reader = Reader(self.corpus, loaded, max_tiles=self.recipe.data.max_tiles, packing=self._packing(loaded))
+        model = self.recipe.model
+        features = FeatureCache(int(model.feature_cache_gib * 2**30), model.feature_cache_folder)
+        self.policy = Policy(loaded, self.reader.pixels, features)
         self.policy.settle()
+        self._attend(self.policy)
         self.close()
-        self._engine = engine_of(self.recipe.rollout, self.policy)
-
-    @property
-    def engine(self) -> Engine:
-        assert self._engine is not None, "no policy yet"
-        return self._engine
+        self.engine = engine_of(self.recipe.rollout, self.policy)
 
     def close(self) -> None:
-        if self._engine is not None:
-            self._engine.close()
-            self._engine = None
+        if hasattr(self, "engine"):
+            self.engine.close()
+
+    def score_with(self, model: RewardModel) -> None:
+        """Make `model` the run's reward model."""
+        self._attend(model)
+        self.reward_model = model
+
+    def _attend(self, model: Backbone) -> None:
+        if self.reader.packing:
+            attention.install(model.internvl.language_model, self.recipe.model.attention)
+
+    def _packing(self, loaded: load.Loaded) -> bool:
+        """Whether batches are packed; a recipe's wish that the language model cannot grant is said once."""
+        model, wanted = loaded.model.model.language_model, self.recipe.model
+        if wanted.packing and not attention.supported(model):
+            kind = model.config.model_type
+            self.log.say(
+                f"model.packing is off: a {kind} language model, or one with sliding windows, takes no packed rows "
+                f"(known: {', '.join(attention.SUPPORTED)}); prompts are repeated and padded", once="packing",
+            )  # fmt: skip
+            return False
+        return wanted.packing
 
     def initial(self) -> load.Loaded:
         """The model the recipe starts from."""

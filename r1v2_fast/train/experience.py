@@ -64,7 +64,7 @@ def panel(
         assert model is not None
         samples = [Single(sequence) for sequence in sequences]
         scores: dict[int, torch.Tensor] = {}
-        for part in micro_batches(samples, budget):
+        for part in micro_batches(samples, budget, packed=context.reader.packing):
             batch = context.reader.batch([sample.sequence for sample in part], context.device)
             scores |= zip(map(id, part), model.scores(batch).cpu(), strict=True)
         return torch.stack([scores[id(sample)] for sample in samples])

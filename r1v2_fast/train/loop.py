@@ -14,7 +14,7 @@ import time
 import torch
 
 from r1v2_fast.stop import Stopped, StopRequest
-from r1v2_fast.train.batching import micro_batches, padded_tokens
+from r1v2_fast.train.batching import tokens
 from r1v2_fast.train.checkpoint import Checkpoints
 from r1v2_fast.train.context import Context
 from r1v2_fast.train.evaluate import evaluate_sets
@@ -71,7 +71,7 @@ def _learn(stage: Stage, samples: list, optimizer: Optimizer, step: int, metrics
     updates = 0
     for mini_batch in stage.mini_batches(samples, step):
         loss = torch.zeros((), device=stage.context.device)
-        for part in micro_batches(mini_batch, stage.settings.micro_batch_tokens):
+        for part in stage.micro_batches(mini_batch):
             own: Metrics = {}
             loss += _add_gradient(stage, part, mini_batch, optimizer, own)
             mean.add(own, weight=stage.weight(part), weights=stage.weights(part))
@@ -98,7 +98,7 @@ def _learn(stage: Stage, samples: list, optimizer: Optimizer, step: int, metrics
 def _rehearse(stage: Stage, optimizer: Optimizer) -> None:
     """The largest forward and backward that the stage is expected to meet, thrown away: memory runs out now, not later."""
     largest = stage.largest()
-    _add_gradient(stage, micro_batches(largest, stage.settings.micro_batch_tokens)[0], largest, optimizer, {})
+    _add_gradient(stage, stage.micro_batches(largest)[0], largest, optimizer, {})
     optimizer.adamw.zero_grad(set_to_none=True)
     stage.forget_update()
 
@@ -109,8 +109,10 @@ def _add_gradient(stage: Stage, part: list, whole: list, optimizer: Optimizer, m
         share = stage.loss(part, whole, metrics)
         optimizer.backward(share)
     except torch.OutOfMemoryError as error:
+        packed = stage.context.reader.packing
         raise RuntimeError(
-            f"stage {stage.name}: out of memory in a forward and backward of {padded_tokens(part)} padded tokens; "
+            f"stage {stage.name}: out of memory in a forward and backward of {tokens(part, packed=packed)} "
+            f"{'packed' if packed else 'padded'} tokens; "
             f"{stage.name}.micro_batch_tokens below that, {stage.name}.gradient_checkpointing=true or a smaller "
             "max_new_tokens help. The last checkpoint is intact"
         ) from error

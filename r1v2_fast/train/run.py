@@ -114,7 +114,8 @@ def _stages(context: Context, stop: StopRequest) -> None:
         product = folder / "stages" / name
         if product.is_dir():  # written whole by an earlier start
             if name == "reward":
-                context.reward_model = RewardModel.load(product, context.reader.pixels, device=context.device)
+                pixels, features = context.reader.pixels, context.policy.features.like()
+                context.score_with(RewardModel.load(product, pixels, features, device=context.device))
             else:
                 context.use(load.from_folder(product, dtype=getattr(torch, recipe.model.dtype)))
             fresh = False
@@ -127,7 +128,7 @@ def _stages(context: Context, stop: StopRequest) -> None:
         run_stage(context, stage, stop, later=list(recipe.run.stages[index + 1 :]))
         stage.model.settle()
         if isinstance(stage, RewardStage):
-            context.reward_model = stage.model
+            context.score_with(stage.model)
         else:
             metrics = evaluate_sets(context, name, stage.steps, None)
             context.best.offer(context.policy, name, stage.steps, metrics)

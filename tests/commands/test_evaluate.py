@@ -84,7 +84,7 @@ def cut(path):
 
 BROKEN = {
     "another": (lambda m: edit(m / "config.json", model_type="llava"), "model_type 'internvl', got 'llava'"),
-    "original": (lambda m: edit(m / "config.json", model_type="internvl_chat"), "convert the original checkpoint"),
+    "original": (lambda m: edit(m / "config.json", model_type="internvl_chat"), "r1v2-fast convert"),
     "json": (lambda m: (m / "config.json").write_text("{"), "cannot read its config.json"),
     "no weights": (lambda m: (m / "model.safetensors").unlink(), "cannot read its weights: Error no file named"),
     "no tokenizer": (

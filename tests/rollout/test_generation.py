@@ -8,8 +8,8 @@ from transformers import AutoModelForImageTextToText, Qwen2Config, Qwen2Model
 
 from r1v2_fast.data.collate import Sequence, collate
 from r1v2_fast.models import load
+from r1v2_fast.models.feature_cache import FeatureCache
 from r1v2_fast.models.policy import Policy
-from r1v2_fast.models.vision import FeatureCache
 from r1v2_fast.rollout import decode, generation
 from r1v2_fast.rollout.generation import LocalEngine, end_ids
 from r1v2_fast.rollout.slots import window_of

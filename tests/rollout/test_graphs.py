@@ -3,8 +3,8 @@
 import pytest
 
 from r1v2_fast.models import load
+from r1v2_fast.models.feature_cache import FeatureCache
 from r1v2_fast.models.policy import Policy
-from r1v2_fast.models.vision import FeatureCache
 from r1v2_fast.rollout import decode
 from r1v2_fast.rollout.generation import LocalEngine
 from r1v2_fast.rollout.graphs import captured

@@ -1,16 +1,19 @@
 """Runs whose responses a vLLM server samples: the same as with the local engine, and truncated weights where it differs."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import Qwen2ForCausalLM
 
 from r1v2_fast import config
+from r1v2_fast.cli import main
 from r1v2_fast.log import Log, read
 from r1v2_fast.models import load
+from r1v2_fast.models.feature_cache import FeatureCache
 from r1v2_fast.models.policy import Policy
-from r1v2_fast.models.vision import FeatureCache
+from r1v2_fast.rollout.choose import engine_of
 from r1v2_fast.rollout.http import Client
 from r1v2_fast.rollout.weight_transfer import WeightTransfer, language_model_weights
 from r1v2_fast.train import run
@@ -93,6 +96,14 @@ def test_a_run_in_16_bits_sends_embeddings_in_them(recipe, context, tmp_path, se
     server = serve(Policy(half, context.reader.pixels, FeatureCache()))  # which asserts the dtype of what arrives
     folder = run.train(recipe("run", server, "model.dtype=bfloat16"))
     assert any(line.get("grad_norm", 0) > 0 for line in lines(folder))
+
+
+def test_a_converted_language_model_is_what_a_server_needs(recipe, context, prompts, tmp_path, serve):
+    assert main(["convert", recipe("x", None).model.path, str(tmp_path / "llm"), "--language-model-only"]) == 0
+    alone = Qwen2ForCausalLM.from_pretrained(tmp_path / "llm")
+    server = serve(SimpleNamespace(internvl=SimpleNamespace(language_model=alone.model), head=alone.lm_head))
+    engine_of(config.Rollout(engine="vllm", url=server.url), context.policy).probe(prompts[0])
+    assert len(server.asked) == 1
 
 
 def test_a_server_with_raw_log_probs_stops_the_run_before_its_first_step(recipe, serve):

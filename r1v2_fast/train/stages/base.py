@@ -82,10 +82,14 @@ class Stage(Generic[S]):
         longest = sorted(reader.prompts(self.dataset, list(found.values())), key=lambda prompt: -len(prompt.ids))
         return (longest * -(-count // len(longest)))[:count]
 
+    def micro_batches(self, samples: list[S]) -> list[list[S]]:
+        """What each forward and backward of an optimizer step takes."""
+        return micro_batches(samples, self.settings.micro_batch_tokens, packed=self.context.reader.packing)
+
     def response_logprobs(self, samples: list[S], *, temperature: float) -> list[list[torch.Tensor]]:
         """Per-token log-probs of each sequence of each sample, without gradient, in micro-batches; on the CPU."""
         found: dict[int, list[torch.Tensor]] = {}
-        for part in micro_batches(samples, self.settings.micro_batch_tokens) if samples else ():
+        for part in self.micro_batches(samples) if samples else ():
             batch = self.context.reader.batch([s for sample in part for s in sample.sequences], self.context.device)
             with torch.no_grad():
                 logprobs = self.context.policy.response_logprobs(batch, temperature=temperature).logprobs

@@ -12,6 +12,7 @@ from r1v2_fast import config, ops
 from r1v2_fast.buffer import SelectiveSampleBuffer, Unit
 from r1v2_fast.data.collate import Sequence
 from r1v2_fast.ops.policy_loss import KINDS, over_sequences
+from r1v2_fast.train.batching import by_prompt
 from r1v2_fast.train.context import Context
 from r1v2_fast.train.experience import Experience, collect, joined, panel, reward_metrics
 from r1v2_fast.train.stages.base import Metrics, Stage
@@ -82,14 +83,15 @@ class GRPOStage(Stage[Sample]):
         return samples
 
     def mini_batches(self, samples: list[Sample], step: int) -> Iterator[list[Sample]]:
-        count = min(self.config.mini_batches, len(samples))
+        hands = by_prompt(samples) if self.context.reader.packing else [[sample] for sample in samples]
+        count = min(self.config.mini_batches, len(hands))
         for update in range(self.config.updates_per_rollout):
             if count == 1:
                 yield samples
                 continue
             generator = torch.Generator().manual_seed(self.context.seed(f"{self.name}/deal {update}", step))
-            order = torch.randperm(len(samples), generator=generator).tolist()
-            yield from ([samples[i] for i in order[start::count]] for start in range(count))
+            order = torch.randperm(len(hands), generator=generator).tolist()
+            yield from ([sample for i in order[start::count] for sample in hands[i]] for start in range(count))
 
     def largest(self) -> list[Sample]:
         sampling = self.config.sampling

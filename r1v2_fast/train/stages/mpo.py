@@ -14,7 +14,7 @@ import torch
 from r1v2_fast import config, ops
 from r1v2_fast.data.collate import Sequence
 from r1v2_fast.data.records import draw
-from r1v2_fast.train.batching import padded_tokens
+from r1v2_fast.train.batching import tokens
 from r1v2_fast.train.context import Context
 from r1v2_fast.train.experience import collect, pairs_by_gap, panel, reward_metrics
 from r1v2_fast.train.stages.base import Metrics, Stage
@@ -79,7 +79,8 @@ class MPOStage(Stage[Pair]):
     def largest(self) -> list[Pair]:
         sampling = self.config.sampling
         if sampling is None:
-            pairs = [self._ready[i] for i in sorted(self._ready, key=lambda i: -padded_tokens([self._ready[i]]))]
+            packed = self.context.reader.packing
+            pairs = sorted(self._ready.values(), key=lambda pair: -tokens([pair], packed=packed))
             return pairs[: self.config.pairs]
         sides = self.largest_sequences(sampling, self.config.max_pairs, sampling.prompts * self.config.max_pairs)
         zeros = torch.zeros(sampling.max_new_tokens)
