@@ -123,6 +123,9 @@ def test_a_prompt_is_prefilled_once_and_let_go_when_its_last_response_has_begun(
     def watched(run):
         refill(run)
         held.append(len(run.held))
+        for prefilled in run.held.values():
+            keys = prefilled.cache[0][0]
+            assert keys.untyped_storage().nbytes() == keys.nbytes, "the prompts beside it are held too"
         assert run.decoder.cache.layers[0][0].shape[0] == 4
 
     monkeypatch.setattr(generation._Run, "refill", watched)

@@ -180,7 +180,7 @@ def test_after_a_failure_no_further_prompts_are_sent(context, prompts, serve):
     server.alter = lambda reply: {**reply, "model": "tiny"}
     with pytest.raises(RuntimeError, match="field 'model'"):
         generate(context, server, prompts, concurrency=1)
-    assert len(server.asked) < len(prompts)
+    assert len(server.asked) <= 2
 
 
 def test_a_temperature_at_which_a_bias_forbids_nothing_is_refused(context, prompts, serve):
