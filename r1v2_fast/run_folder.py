@@ -23,6 +23,7 @@ FREE = (
     "checkpoint.every", "checkpoint.keep", "samples_every",
     "run.name", "run.folder", "data.folder", "run.device", "run.threads", "run.loggers", "data.root", "data.allow_outside",
     "*.micro_batch_tokens", "*.gradient_checkpointing", "model.packing", "model.attention",
+    "model.fused_layers", "model.feature_cache_mb",
     "*.rewards.*.on_nan", "*.rewards.*.time_limit", "evaluation.time_limit",
 )  # fmt: skip
 
