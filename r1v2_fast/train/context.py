@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 
 from r1v2_fast.config import Recipe
-from r1v2_fast.data import digits
+from r1v2_fast.data import digits, synthetic
 from r1v2_fast.data.collate import Batch, PromptEncoder, Sequence, collate
 from r1v2_fast.data.images import ImageStore
 from r1v2_fast.data.records import Dataset, Record
 from r1v2_fast.log import Log
-from r1v2_fast.models import attention, load
+from r1v2_fast.models import attention, dummy, load
 from r1v2_fast.models.feature_cache import FeatureCache
 from r1v2_fast.models.packing import PackedBatch, pack
 from r1v2_fast.models.policy import Backbone, Policy
@@ -112,6 +112,9 @@ class Context:
         if recipe.data.make == "digits":
             data_folder = folder / data_folder
             digits.write(data_folder, seed=recipe.run.seed, sizes=recipe.data.sizes)
+        elif recipe.data.make == "synthetic":
+            data_folder = folder / data_folder
+            synthetic.write(data_folder, recipe.files(), seed=recipe.run.seed)
         self.corpus = Corpus(data_folder, root=recipe.data.root, allow_outside=recipe.data.allow_outside)
         self.best = Best(folder, recipe.checkpoint)
         self.policy: Policy
@@ -164,6 +167,9 @@ class Context:
         if model.path is not None:
             return load.from_folder(model.path, dtype=dtype)
         assert model.preset is not None
+        if model.dummy_weights:
+            changes, seed = model.architecture, self.recipe.run.seed
+            return dummy.build(model.preset, changes, seed=seed, dtype=dtype, device=self.device)
         return load.from_preset(model.preset, words=digits.WORDS, seed=self.recipe.run.seed, dtype=dtype)
 
     def seed(self, what: str, step: int) -> int:
