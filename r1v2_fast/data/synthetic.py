@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-RECORDS = 64  # a file
+RECORDS = 64  # a file, where nothing else is asked for
 SHAPES = (
     (448, 448),
     (896, 448),
@@ -20,10 +21,11 @@ SHAPES = (
 )  # width, height: 1 to 7 tiles of 448 with thumbnail
 
 
-def write(folder: Path, files: list[str], *, seed: int) -> None:
+def write(folder: Path, files: list[str], *, seed: int, sizes: Mapping[str, int]) -> None:
     """Write each of `files` (.jsonl or .parquet): sums of two numbers in noise, with answers, and pairs for ready-made MPO.
 
-    A pure function of the seed; a folder that is complete is left as it is.
+    sizes  records by the file's stem
+    A pure function of the seed and sizes; a folder that is complete is left as it is.
     raises  ValueError on a file of another kind
     """
     if folder.is_dir():
@@ -34,7 +36,10 @@ def write(folder: Path, files: list[str], *, seed: int) -> None:
         path = temporary / file
         pictures = path.with_suffix("")
         pictures.mkdir(parents=True)
-        rows = [_row(pictures, index, np.random.default_rng([seed, number, index])) for index in range(RECORDS)]
+        rows = [
+            _row(pictures, index, np.random.default_rng([seed, number, index]))
+            for index in range(sizes.get(path.stem, RECORDS))
+        ]
         _write(path, rows)
     os.replace(temporary, folder)
 

@@ -114,7 +114,7 @@ class Context:
             digits.write(data_folder, seed=recipe.run.seed, sizes=recipe.data.sizes)
         elif recipe.data.make == "synthetic":
             data_folder = folder / data_folder
-            synthetic.write(data_folder, recipe.files(), seed=recipe.run.seed)
+            synthetic.write(data_folder, recipe.files(), seed=recipe.run.seed, sizes=recipe.data.sizes)
         self.corpus = Corpus(data_folder, root=recipe.data.root, allow_outside=recipe.data.allow_outside)
         self.best = Best(folder, recipe.checkpoint)
         self.policy: Policy
