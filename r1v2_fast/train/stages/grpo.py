@@ -98,10 +98,12 @@ class GRPOStage(Stage[Sample]):
         count = sampling.prompts * sampling.group_size
         if self.buffer is not None and (not self.skip_zero or self.config.average_over == "all"):
             count *= 2  # replayed responses stand beside fresh ones without an advantage
+        # samples drawn singly may each bring a prompt of their own
+        shared = 1 if self.buffer is not None and self.buffer.granularity == "sample" else sampling.group_size
         zeros = torch.zeros(sampling.max_new_tokens)
         return [
             Sample(sequence, 1.0, zeros, ref_logprobs=zeros if self.config.loss.kl_coef else None)
-            for sequence in self.largest_sequences(sampling, sampling.group_size, -(-count // self.config.mini_batches))
+            for sequence in self.largest_sequences(sampling, shared, -(-count // self.config.mini_batches))
         ]
 
     def weights(self, samples: list[Sample]) -> dict[str, float]:
