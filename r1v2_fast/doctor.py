@@ -40,12 +40,23 @@ def run(require: list[str], device: str | None = None) -> int:
         return 1
     for name in devices if device is None else [device]:
         _report(name)
+    print(f"  {_fused_layers(device or devices[-1])}")
     fastest = device or devices[-1]
     known = sorted({verdict.backend for op in _backend.ops() for verdict in _backend.verdicts(op, fastest)})
     missing = [backend for backend in require if not _runs(backend, fastest)]
     for backend in missing:
         print(f"\nrequired backend {backend!r} cannot run any op here, on {fastest}; known are {', '.join(known)}")
     return 1 if missing else 0
+
+
+def _fused_layers(device: str) -> str:
+    """liger-kernel's part in the training loop, which needs transformers."""
+    try:
+        from r1v2_fast.models import fused
+    except ImportError as error:
+        return f"fused layers       off: {error}"
+    reason = fused.why_not(torch.device(device))
+    return f"fused layers       {'on: ' + ', '.join(fused.LAYERS) if reason is None else 'off: ' + reason}"
 
 
 def _sees_none() -> str:

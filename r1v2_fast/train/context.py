@@ -16,7 +16,7 @@ from r1v2_fast.data.collate import Batch, PromptEncoder, Sequence, collate
 from r1v2_fast.data.images import ImageStore
 from r1v2_fast.data.records import Dataset, Record
 from r1v2_fast.log import Log
-from r1v2_fast.models import attention, dummy, load
+from r1v2_fast.models import attention, dummy, fused, load
 from r1v2_fast.models.feature_cache import FeatureCache
 from r1v2_fast.models.packing import PackedBatch, pack
 from r1v2_fast.models.policy import Backbone, Policy
@@ -132,6 +132,8 @@ class Context:
         self.policy = Policy(loaded, self.reader.pixels, features)
         self.policy.settle()
         self._attend(self.policy)
+        if sentence := fused.install(self.policy.internvl.language_model, model.fused_layers):
+            self.log.say(sentence, once="fused layers")
         self.close()
         self.engine = engine_of(self.recipe.rollout, self.policy)
 
