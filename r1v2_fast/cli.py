@@ -1,4 +1,4 @@
-"""r1v2-fast train | evaluate | filter | chat | export | convert | report | doctor."""
+"""r1v2-fast train | evaluate | filter | chat | export | convert | plan | report | doctor."""
 
 from __future__ import annotations
 
@@ -133,6 +133,17 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--overwrite", action="store_true", help="replace an earlier conversion")
     convert.set_defaults(command=_convert)
 
+    plan = commands.add_parser("plan", help="the memory and time that a recipe takes on given GPUs, computed")
+    plan.add_argument("recipe", help="a shipped recipe's name (r1v2-38b-one-gpu) or a YAML file")
+    plan.add_argument("overrides", nargs="*", metavar="a.b=c", help="dotted overrides of the recipe")
+    plan.add_argument("--gpus", type=int, default=1, help="how many, 1 to 64")
+    plan.add_argument("--gpu", default="h200", help="a100, h100, h200 or b200")
+    plan.add_argument("--bandwidth", type=float, default=400.0, metavar="GB/s", help="of a node of 8 to the others")
+    plan.add_argument("--shard", choices=("none", "full"), help="default: none where the whole model trains, else full")
+    plan.add_argument("--prompt-tokens", type=int, metavar="N", help="default: the most image tokens, and 200")
+    plan.add_argument("--response-tokens", type=int, metavar="N", help="default: max_new_tokens")
+    plan.set_defaults(command=_plan)
+
     report = commands.add_parser("report", help="write report.html of a run folder")
     report.add_argument("folder")
     report.set_defaults(command=_report)
@@ -233,6 +244,12 @@ def _convert(**options) -> int:
 
     print(convert.run(**options))
     return 0
+
+
+def _plan(**options) -> int:
+    from r1v2_fast.plan import run
+
+    return run.run(**options)
 
 
 def _report(folder: str) -> int:

@@ -42,9 +42,10 @@ LAYERS = {
     "report": {"atomic", "card", "data", "log"},
     "card": {"data", "log", "_version"},
     "commands": {"atomic", "config", "models", "data", "judge", "rollout", "train", "log", "card"},
-    "doctor": {"ops", "_version", "_native"},
+    "plan": {"config", "data", "models"},
+    "doctor": {"ops", "models", "_version", "_native"},
     "__main__": {"cli"},
-    "cli": {"config", "stop", "train", "commands", "report", "doctor", "_version"},
+    "cli": {"config", "stop", "train", "commands", "plan", "report", "doctor", "_version"},
 }
 
 
