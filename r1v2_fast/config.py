@@ -319,6 +319,36 @@ class Data(Section):
     max_tiles: int = Field(12, gt=0)
 
 
+class Rollout(Section):
+    """What samples the responses; docs/rollout.md."""
+
+    engine: Literal["local", "vllm"] = "local"
+    """local: transformers in this process. vllm: a vLLM server that holds the language model; it is probed at the start."""
+    max_rows: int | None = Field(None, gt=0)
+    """Local: rows of one decode step, refilled as responses end. Their keys and values are what memory goes to: rows times
+    the longest prompt and max_new_tokens. None: a row for every response."""
+    prefill_tokens: int | None = Field(None, gt=0)
+    """Local: padded tokens of one prefill. None: as many prompts at once as there are free rows for."""
+    cuda_graphs: bool = True
+    """Local, on a GPU: replay decode steps as CUDA graphs."""
+    url: str = "http://127.0.0.1:8000"
+    """vLLM: the server's address."""
+    api_key_env: str | None = None
+    """vLLM: the environment variable that holds the server's key; a server that is not on loopback must have one."""
+    model: str | None = None
+    """vLLM: the name the language model is served under. None: the only one that the server has."""
+    timeout: float = Field(600.0, gt=0)
+    """vLLM: seconds of silence after which a request is sent again; a reply comes whole, when its last response has ended."""
+    retries: int = Field(4, ge=0)
+    """vLLM: further attempts at a request, from 0.5 s apart to 30 s."""
+    concurrency: int = Field(64, gt=0)
+    """vLLM: requests in flight, each a prompt with all its responses."""
+    probe_tolerance: float | None = Field(None, gt=0)
+    """vLLM: nat by which the probe's log-probs may differ, mean over tokens. None: 1e-3 in float32, 0.05 in 16 bits."""
+    weight_transfer: str | None = None
+    """vLLM: host:port where the server's workers find this process, for runs that train the language model."""
+
+
 class Evaluation(Section):
     sets: dict[str, str] = Field(min_length=1)
     """Name -> file of held-out records."""
@@ -369,6 +399,7 @@ class Recipe(Section):
     reward: Reward | None = None
     mpo: MPO | None = None
     grpo: GRPO | None = None
+    rollout: Rollout = Rollout()
     evaluation: Evaluation
     checkpoint: Checkpoint = Checkpoint()
     samples_every: int = Field(10, gt=0)
@@ -385,6 +416,14 @@ class Recipe(Section):
             terms = getattr(getattr(self, stage), "rewards", [])
             if any(term.function == "reward_model" for term in terms) and "reward" not in self.run.stages[:index]:
                 raise ValueError(f"{stage}.rewards uses reward_model, but no stage 'reward' comes before it")
+        trains_llm = [
+            n for n in self.run.stages if n != "reward" and "llm" in {*getattr(self, n).train, *getattr(self, n).lora}
+        ]
+        if self.rollout.engine == "vllm" and trains_llm and self.rollout.weight_transfer is None:
+            raise ValueError(
+                f"{trains_llm[0]} trains the language model, which a vLLM server holds too: rollout.weight_transfer must "
+                "be host:port, got none; stages that train the adapter or the tower alone need none"
+            )
         known = [f"eval/{name}/{metric}" for name in self.evaluation.sets for metric in METRICS]
         if self.checkpoint.best is not None and self.checkpoint.best not in known:
             raise ValueError(f"checkpoint.best must be one of {known}, got {self.checkpoint.best!r}")

@@ -23,6 +23,8 @@ FREE = (
     "checkpoint.every", "checkpoint.keep", "samples_every",
     "run.name", "run.folder", "data.folder", "run.device", "run.threads", "run.loggers", "data.root", "data.allow_outside",
     "*.micro_batch_tokens", "*.gradient_checkpointing", "model.packing", "model.attention", "model.feature_cache_*",
+    "rollout.max_rows", "rollout.prefill_tokens", "rollout.cuda_graphs", "rollout.url", "rollout.api_key_env", "rollout.model",
+    "rollout.timeout", "rollout.retries", "rollout.concurrency", "rollout.probe_tolerance", "rollout.weight_transfer",
     "*.rewards.*.on_nan", "*.rewards.*.time_limit", "evaluation.time_limit",
 )  # fmt: skip
 

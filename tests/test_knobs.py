@@ -13,6 +13,7 @@ from r1v2_fast.data.collate import Sequence
 from r1v2_fast.log import Log, read
 from r1v2_fast.models import freeze, load, lora
 from r1v2_fast.ops.policy_loss import KINDS
+from r1v2_fast.rollout.generation import LocalEngine
 from r1v2_fast.testing.double import to_double
 from r1v2_fast.train import batching, run
 from r1v2_fast.train.batching import tokens
@@ -474,7 +475,7 @@ def test_merged_lora_answers_as_it_did_and_loads_without_peft(tmp_path, reward):
 
     def answers(policy, context=stage.context):
         dataset = context.corpus.dataset("heldout_clean.jsonl")
-        return evaluate(policy, context.reader, dataset, context.recipe.evaluation).completions
+        return evaluate(LocalEngine(policy), context.reader, dataset, context.recipe.evaluation).completions
 
     adapted = answers(stage.model)
     assert len(set(adapted)) > 1

@@ -22,7 +22,7 @@ LAYERS = {
     "run_folder": {"atomic", "config", "_version"},
     "config": set(),
     "loggers": set(),
-    "rollout": {"data", "models"},
+    "rollout": {"config", "data", "models"},
     "train": {
         "ops",
         "rollout",

@@ -11,7 +11,6 @@ from r1v2_fast import config
 from r1v2_fast.log import Log, read
 from r1v2_fast.models import freeze, presets
 from r1v2_fast.report import write
-from r1v2_fast.rollout.generation import rollout
 from r1v2_fast.train import run
 from r1v2_fast.train.checkpoint import Checkpoints
 from r1v2_fast.train.context import Context
@@ -112,7 +111,7 @@ def responses(context, **options):
     dataset = context.corpus.dataset("policy.parquet")
     prompts = context.reader.prompts(dataset, dataset.records[:5])
     settings = {"group_size": 3, "max_new_tokens": 6, "temperature": 0.7, **options}
-    return prompts, rollout(context.policy, prompts, seeds=list(range(len(prompts))), **settings)
+    return prompts, context.engine.generate(prompts, seeds=list(range(len(prompts))), **settings)
 
 
 def test_behaviour_log_probs_are_the_training_log_probs(context):

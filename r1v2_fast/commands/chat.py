@@ -13,7 +13,7 @@ from r1v2_fast.commands.model import check_at_least, open_model
 from r1v2_fast.data.images import open_image
 from r1v2_fast.data.records import MARK, Record
 from r1v2_fast.rollout.engine import Prompt
-from r1v2_fast.rollout.generation import rollout
+from r1v2_fast.rollout.generation import LocalEngine
 from r1v2_fast.train.context import Corpus
 
 
@@ -40,6 +40,7 @@ def run(
     for path in image:  # before the model loads, which can take minutes
         pictures.image(path)
     policy, reader = open_model(model, pictures, device)
+    engine = LocalEngine(policy)
     history: list[dict] = []
     for text in [question] if question is not None else _lines():
         marked = text if history or MARK in text else f"{MARK}\n" * len(image) + text
@@ -48,8 +49,7 @@ def run(
         history.append({"role": "user", "content": marked})
         record = Record("chat", history, tuple(image), None, None, None, where="chat")
         prompt = Prompt(record.id, reader.encoder.encode(record, reader.pixels.tiles(image)), image)
-        (response,) = rollout(
-            policy,
+        (response,) = engine.generate(
             [prompt],
             group_size=1,
             max_new_tokens=max_new_tokens,

@@ -8,6 +8,7 @@ from typing import Literal
 from r1v2_fast.commands.model import check_at_least, open_model
 from r1v2_fast.config import Evaluation
 from r1v2_fast.judge.reward import load_reward
+from r1v2_fast.rollout.generation import LocalEngine
 from r1v2_fast.train.context import Corpus
 from r1v2_fast.train.evaluate import evaluate
 
@@ -39,4 +40,4 @@ def run(
         sets={path.stem: path.name}, batch_size=batch_size, max_new_tokens=max_new_tokens, score=score,
         time_limit=time_limit or None, on_nan=on_nan,
     )  # fmt: skip
-    return evaluate(policy, reader, dataset, settings, records=records).metrics
+    return evaluate(LocalEngine(policy), reader, dataset, settings, records=records).metrics

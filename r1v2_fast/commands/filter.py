@@ -24,8 +24,8 @@ from r1v2_fast.data.records import Dataset, Record
 from r1v2_fast.judge.panel import arguments_of
 from r1v2_fast.judge.reward import load_reward
 from r1v2_fast.judge.reward import score as judge
-from r1v2_fast.models.policy import Policy
-from r1v2_fast.rollout.generation import rollout
+from r1v2_fast.rollout.engine import Engine
+from r1v2_fast.rollout.generation import LocalEngine
 from r1v2_fast.train.context import Corpus, Reader, seed_of
 
 COLUMNS = ("pass_rate", "pass_count", "responses")
@@ -96,6 +96,7 @@ def run(
     pool.check(target, dataset, chosen)
     rule = functools.partial(judge, score, load_reward(score), time_limit=time_limit or None, on_nan=on_nan)
     policy, reader = open_model(model, corpus, device, max_tiles=max_tiles)
+    engine = LocalEngine(policy)
 
     given = {
         "model": str(Path(model).resolve()),
@@ -118,7 +119,7 @@ def run(
     with Progress(*shown, console=Console(stderr=True)) as bar:
         task = bar.add_task("filter", total=len(chosen), completed=sum(map(len, batches[: len(counts)])))
         for batch in batches[len(counts) :]:
-            counts.append(_count(policy, reader, dataset, batch, sampling, rule))
+            counts.append(_count(engine, reader, dataset, batch, sampling, rule))
             _append(progress, counts[-1])
             bar.advance(task, len(batch))
 
@@ -165,7 +166,7 @@ def _append(progress: Path, counts: dict[str, Any]) -> None:
 
 
 def _count(
-    policy: Policy,
+    engine: Engine,
     reader: Reader,
     dataset: Dataset,
     batch: list[Record],
@@ -174,8 +175,7 @@ def _count(
 ) -> dict[str, Any]:
     """Of every record of a batch: the responses that are right, and those that could be scored; and how many were cut."""
     size = sampling.group_size
-    responses = rollout(
-        policy,
+    responses = engine.generate(
         reader.prompts(dataset, batch),
         group_size=size,
         max_new_tokens=sampling.max_new_tokens,

@@ -21,7 +21,8 @@ from r1v2_fast.models.feature_cache import FeatureCache
 from r1v2_fast.models.packing import PackedBatch, pack
 from r1v2_fast.models.policy import Backbone, Policy
 from r1v2_fast.models.reward_model import RewardModel
-from r1v2_fast.rollout.engine import Prompt
+from r1v2_fast.rollout.choose import engine_of
+from r1v2_fast.rollout.engine import Engine, Prompt
 from r1v2_fast.train.best import Best
 
 
@@ -115,6 +116,7 @@ class Context:
         self.best = Best(folder, recipe.checkpoint)
         self.policy: Policy
         self.reader: Reader
+        self.engine: Engine
         self.reward_model: RewardModel | None = None
 
     def use(self, loaded: load.Loaded) -> None:
@@ -127,6 +129,12 @@ class Context:
         self.policy = Policy(loaded, self.reader.pixels, features)
         self.policy.settle()
         self._attend(self.policy)
+        self.close()
+        self.engine = engine_of(self.recipe.rollout, self.policy)
+
+    def close(self) -> None:
+        if hasattr(self, "engine"):
+            self.engine.close()
 
     def score_with(self, model: RewardModel) -> None:
         """Make `model` the run's reward model."""

@@ -13,8 +13,7 @@ from r1v2_fast.judge import hallucination
 from r1v2_fast.judge.panel import arguments_of
 from r1v2_fast.judge.reward import load_reward, score
 from r1v2_fast.judge.rules import think_format
-from r1v2_fast.models.policy import Policy
-from r1v2_fast.rollout.generation import rollout
+from r1v2_fast.rollout.engine import Engine
 from r1v2_fast.train.context import Context, Reader
 
 
@@ -26,7 +25,7 @@ class Result(NamedTuple):
 
 @torch.no_grad()
 def evaluate(
-    policy: Policy, reader: Reader, dataset: Dataset, config: Evaluation, *, records: int | None = None
+    engine: Engine, reader: Reader, dataset: Dataset, config: Evaluation, *, records: int | None = None
 ) -> Result:
     """accuracy of the answers that could be scored, and format; hallucination, overall and among right and wrong answers,
     for records with `digits`; the shares that were cut short and that were not scored.
@@ -36,7 +35,7 @@ def evaluate(
     finished: list[bool] = []
     for start in range(0, len(chosen), config.batch_size):
         prompts = reader.prompts(dataset, chosen[start : start + config.batch_size])
-        responses = rollout(policy, prompts, group_size=1, max_new_tokens=config.max_new_tokens, temperature=0.0)
+        responses = engine.generate(prompts, group_size=1, max_new_tokens=config.max_new_tokens, temperature=0.0)
         finished += [response.finished for response in responses]
         completions += [reader.encoder.decode(response.ids) for response in responses]
     arguments = arguments_of(chosen, completions)
@@ -60,10 +59,11 @@ def evaluate(
 def evaluate_sets(context: Context, stage: str, step: int, records: int | None) -> dict[str, float]:
     """Every evaluation set, logged as eval/<set>/<metric>."""
     context.seed_globals(f"{stage}/evaluation", step)  # a score of the user's may draw from them
+    context.engine.sync()
     metrics: dict[str, float] = {}
     for name, file in context.recipe.evaluation.sets.items():
         dataset = context.corpus.dataset(file)
-        result = evaluate(context.policy, context.reader, dataset, context.recipe.evaluation, records=records)
+        result = evaluate(context.engine, context.reader, dataset, context.recipe.evaluation, records=records)
         metrics |= {f"eval/{name}/{key}": value for key, value in result.metrics.items()}
         if records is None:
             for record, completion, right in zip(dataset.records[:24], result.completions, result.right, strict=False):

@@ -14,7 +14,6 @@ from r1v2_fast.data.collate import Sequence
 from r1v2_fast.data.records import Dataset, Record, draw
 from r1v2_fast.judge.panel import Panel
 from r1v2_fast.rollout.engine import Prompt, Response
-from r1v2_fast.rollout.generation import rollout
 from r1v2_fast.train.batching import Single, micro_batches
 from r1v2_fast.train.context import Context
 
@@ -80,8 +79,8 @@ def collect(
     indices = draw(len(dataset), sampling.prompts, seed=context.recipe.run.seed, step=round)
     records = [dataset[index] for index in indices]
     prompts = context.reader.prompts(dataset, records)
-    responses = rollout(
-        context.policy,
+    context.engine.sync()
+    responses = context.engine.generate(
         prompts,
         group_size=sampling.group_size,
         max_new_tokens=sampling.max_new_tokens,

@@ -55,8 +55,11 @@ def train(recipe: Recipe, *, resume: bool = False, log: Log | None = None) -> Pa
     try:
         with StopRequest() as stop, _same_bits(pick_device(recipe.run.device)):
             context = Context(recipe, folder, log)
-            _check(context)
-            _stages(context, stop)
+            try:
+                _check(context)
+                _stages(context, stop)
+            finally:
+                context.close()
     finally:
         log.close()
     return folder
@@ -78,9 +81,9 @@ def _same_bits(device: torch.device) -> Iterator[None]:
 
 
 def _check(context: Context) -> None:
-    """Every stage's data, rewards and LoRA layers before the first step: a typo must not wait for hours.
+    """Every stage's data, rewards and LoRA layers, and the rollout engine, before the first step: a typo must not wait.
 
-    raises  ValueError
+    raises  ValueError; RuntimeError where the engine's log-probs are not the policy's
     """
     recipe = context.recipe
     context.use(context.initial())
@@ -99,6 +102,9 @@ def _check(context: Context) -> None:
     files += [dataset.path for dataset, _ in scored]
     files += [Path(spec.rpartition(":")[0]) for _, spec in scored if ".py:" in spec]
     note_inputs(context.folder / "inputs.json", files, context.log.say)
+    context.engine.sync()
+    dataset = context.corpus.dataset(next(iter(recipe.evaluation.sets.values())))
+    context.engine.probe(context.reader.prompt(dataset, dataset[0]))
 
 
 def _stages(context: Context, stop: StopRequest) -> None:

@@ -8,6 +8,7 @@ import pytest
 from r1v2_fast.cli import main
 from r1v2_fast.commands.model import open_model
 from r1v2_fast.config import Evaluation
+from r1v2_fast.rollout.generation import LocalEngine
 from r1v2_fast.train.context import Corpus
 from r1v2_fast.train.evaluate import evaluate
 
@@ -32,7 +33,7 @@ def held_out(folder):
     dataset = corpus.dataset("heldout_clean.jsonl")
     policy, reader = open_model(folder / "final", corpus, "cpu")
     config = Evaluation(sets={"clean": "heldout_clean.jsonl"}, max_new_tokens=12)
-    return dataset, reader, policy, evaluate(policy, reader, dataset, config)
+    return dataset, reader, policy, evaluate(LocalEngine(policy), reader, dataset, config)
 
 
 @pytest.fixture

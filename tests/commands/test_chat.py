@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from r1v2_fast.cli import main
-from r1v2_fast.rollout.generation import rollout
+from r1v2_fast.rollout.generation import LocalEngine
 
 
 def picture_of(dataset, index):
@@ -41,7 +41,8 @@ def test_chat_goes_on_over_several_questions(folder, held_out, tmp_path):
     for text in ("<image>\nRead the digits.", "Add the digits."):
         history.append({"role": "user", "content": text})
         asked = type(record)(record.id, list(history), record.images, None, None, None)
-        (response,) = rollout(policy, [reader.prompt(dataset, asked)], group_size=1, max_new_tokens=12, temperature=0.0)
+        prompt = reader.prompt(dataset, asked)
+        (response,) = LocalEngine(policy).generate([prompt], group_size=1, max_new_tokens=12, temperature=0.0)
         answers.append(reader.encoder.decode(response.ids))
         history.append({"role": "assistant", "content": answers[-1]})
     assert done.stdout == "".join(f"{answer}\n" for answer in answers)  # the empty line ended it
