@@ -75,9 +75,9 @@ class Backbone:
     def reference_state(self) -> dict[str, torch.Tensor]:
         return {f"initial/{index}": value for index, value in enumerate(self._initial)}
 
-    def load_reference_state(self, tensors: dict[str, torch.Tensor]) -> None:
-        device = self.internvl.device
-        self._initial = [tensors[f"initial/{index}"].to(device) for index in range(len(self._initial))]
+    def load_reference_state(self, read: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
+        """`read` gives the tensor of a name, placed like another."""
+        self._initial = [read(f"initial/{index}", value) for index, value in enumerate(self._initial)]
 
     def _in_full(self) -> list[nn.Parameter]:
         return [parameter for name, parameter in self.parameters.items() if lora.MARK not in name]

@@ -21,6 +21,7 @@ from r1v2_fast.models.feature_cache import FeatureCache
 from r1v2_fast.models.packing import PackedBatch, pack
 from r1v2_fast.models.policy import Backbone, Policy
 from r1v2_fast.models.reward_model import RewardModel
+from r1v2_fast.parallel.world import ALONE, World, pick_device
 from r1v2_fast.rollout.choose import engine_of
 from r1v2_fast.rollout.engine import Engine, Prompt
 from r1v2_fast.train.best import Best
@@ -103,17 +104,18 @@ class Reader:
 class Context:
     """One run."""
 
-    def __init__(self, recipe: Recipe, folder: Path, log: Log):
+    def __init__(self, recipe: Recipe, folder: Path, log: Log, world: World = ALONE):
         self.recipe = recipe
         self.folder = folder
         self.log = log
-        self.device = pick_device(recipe.run.device)
+        self.world = world
+        self.device = world.device if world.size > 1 else pick_device(recipe.run.device)
         data_folder = Path(recipe.data.folder)
         if recipe.data.make == "digits":
             data_folder = folder / data_folder
-            digits.write(data_folder, seed=recipe.run.seed, sizes=recipe.data.sizes)
+            world.once(lambda: digits.write(data_folder, seed=recipe.run.seed, sizes=recipe.data.sizes))
         self.corpus = Corpus(data_folder, root=recipe.data.root, allow_outside=recipe.data.allow_outside)
-        self.best = Best(folder, recipe.checkpoint)
+        self.best = Best(folder, recipe.checkpoint, world)
         self.policy: Policy
         self.reader: Reader
         self.engine: Engine
@@ -170,8 +172,8 @@ class Context:
         return seed_of(self.recipe.run.seed, what, step)
 
     def seed_globals(self, stage: str, step: int) -> None:
-        """For what draws from the global generators, such as a reward of the user's."""
-        seed = self.seed(f"{stage}/globals", step)
+        """For what draws from the global generators, such as a reward of the user's; each rank's are its own."""
+        seed = self.seed(f"{stage}/globals" + (f" {self.world.rank}" if self.world.rank else ""), step)
         random.seed(seed)
         np.random.seed(seed & 0xFFFFFFFF)
         torch.manual_seed(seed)
@@ -181,12 +183,3 @@ def seed_of(seed: int, what: str, step: int) -> int:
     """63 bits for one use in one step, a pure function of the seed: a resume restores no random state."""
     key = f"{seed}/{what}/{step}".encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
-
-
-def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(f"run.device={name} needs a CUDA device and driver, none found; run.device=cpu works")
-    return device

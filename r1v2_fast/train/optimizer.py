@@ -8,12 +8,23 @@ import torch
 from torch import nn
 
 from r1v2_fast import config
+from r1v2_fast.parallel.gradients import sum_gradients
+from r1v2_fast.parallel.stored import Stored
+from r1v2_fast.parallel.world import ALONE, World
 
 
 class Optimizer:
     """Steps `parameters`, held in fp32."""
 
-    def __init__(self, parameters: dict[str, nn.Parameter], settings: config.Optimizer, *, dtype: torch.dtype):
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        settings: config.Optimizer,
+        *,
+        dtype: torch.dtype,
+        world: World = ALONE,
+    ):
+        self.world = world
         self.parameters = parameters
         self.settings = settings
         values = list(parameters.values())
@@ -28,10 +39,12 @@ class Optimizer:
             self.scaler.scale(loss).backward()
 
     def step(self, rate: float) -> torch.Tensor:
-        """Clip, step at `rate` and forget the gradient; returns the gradient's norm before clipping.
+        """Sum the ranks' gradients, clip, step at `rate` and forget them; returns the gradient's norm before clipping.
 
         A gradient that is not finite changes nothing: for the caller to stop at, or in fp16 for the scale to shrink.
         """
+        if self.world.size > 1:
+            sum_gradients(self.parameters.values())
         if all(parameter.grad is None for parameter in self.parameters.values()):
             return torch.zeros(())
         self.scaler.unscale_(self.adamw)
@@ -58,11 +71,11 @@ class Optimizer:
         }
         return tensors, self.scaler.state_dict()
 
-    def load_state(self, tensors: dict[str, torch.Tensor], meta: dict) -> None:
-        for key, tensor in tensors.items():
+    def load_state(self, tensors: Stored, meta: dict) -> None:
+        for key in tensors:
             field, name = key.split("/", 1)
             parameter = self.parameters[name]
-            self.adamw.state[parameter][field] = tensor if field == "step" else tensor.to(parameter.device)
+            self.adamw.state[parameter][field] = tensors[key] if field == "step" else tensors.like(key, parameter)
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(meta)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,14 +15,15 @@ from r1v2_fast.atomic import write_folder
 from r1v2_fast.config import Recipe
 from r1v2_fast.judge.panel import REWARD_MODEL
 from r1v2_fast.judge.reward import COMPARE, load_reward
-from r1v2_fast.log import Log
+from r1v2_fast.log import Log, Silent
 from r1v2_fast.loggers import open_loggers
 from r1v2_fast.models import load, lora
 from r1v2_fast.models.reward_model import RewardModel
+from r1v2_fast.parallel.world import World, opened
 from r1v2_fast.run_folder import claim, note_inputs
 from r1v2_fast.stop import Stopped, StopRequest
 from r1v2_fast.train.checkpoint import Checkpoints
-from r1v2_fast.train.context import Context, pick_device
+from r1v2_fast.train.context import Context
 from r1v2_fast.train.evaluate import evaluate_sets
 from r1v2_fast.train.loop import run_stage
 from r1v2_fast.train.stages.align import AlignStage
@@ -40,21 +42,27 @@ def train(recipe: Recipe, *, resume: bool = False, log: Log | None = None) -> Pa
 
     raises  ValueError where the folder holds a run and resume is False, or another recipe's run; Stopped at a signal
     """
+    with opened(recipe.run.device, timeout=recipe.run.timeout) as world:
+        return _train(recipe, world, resume, log)
+
+
+def _train(recipe: Recipe, world: World, resume: bool, log: Log | None) -> Path:
     folder = Path(recipe.run.folder)
     if recipe.run.threads is not None:
         torch.set_num_threads(recipe.run.threads)
     torch.zeros(1).exp_()  # PyTorch 2.13's first exp on several threads may err by 1e-4; one thread's does not
-    log = log or Log(folder)
-    claim(folder, recipe, resume=resume, say=log.say)
-    log.loggers = open_loggers(
-        list(recipe.run.loggers), project="r1v2_fast", run=recipe.run.name, folder=folder,
-        config=recipe.model_dump(mode="json"), resume=resume, warn=log.say,
-    )  # fmt: skip
+    log = log or (Log(folder) if world.first else Silent(folder))
+    world.once(lambda: claim(folder, recipe, resume=resume, say=log.say))
+    if world.first:
+        log.loggers = open_loggers(
+            list(recipe.run.loggers), project="r1v2_fast", run=recipe.run.name, folder=folder,
+            config=recipe.model_dump(mode="json"), resume=resume, warn=log.say,
+        )  # fmt: skip
     steps = [getattr(recipe, name).steps for name in recipe.run.stages]
     log.first_step = dict(zip(recipe.run.stages, itertools.accumulate(steps, initial=0), strict=False))
     try:
-        with StopRequest() as stop, _same_bits(pick_device(recipe.run.device)):
-            context = Context(recipe, folder, log)
+        with StopRequest() as stop, _same_bits(world.device):
+            context = Context(recipe, folder, log, world)
             try:
                 _check(context)
                 _stages(context, stop)
@@ -101,18 +109,18 @@ def _check(context: Context) -> None:
             dataset.check_answers(spec)
     files += [dataset.path for dataset, _ in scored]
     files += [Path(spec.rpartition(":")[0]) for _, spec in scored if ".py:" in spec]
-    note_inputs(context.folder / "inputs.json", files, context.log.say)
+    context.world.once(lambda: note_inputs(context.folder / "inputs.json", files, context.log.say))
     context.engine.sync()
     dataset = context.corpus.dataset(next(iter(recipe.evaluation.sets.values())))
     context.engine.probe(context.reader.prompt(dataset, dataset[0]))
 
 
 def _stages(context: Context, stop: StopRequest) -> None:
-    recipe, folder, log = context.recipe, context.folder, context.log
+    recipe, folder, log, world = context.recipe, context.folder, context.log, context.world
     fresh = True
     for index, name in enumerate(recipe.run.stages):
         product = folder / "stages" / name
-        if product.is_dir():  # written whole by an earlier start
+        if world.once(product.is_dir):  # written whole by an earlier start
             if name == "reward":
                 pixels, features = context.reader.pixels, context.policy.features.like()
                 context.score_with(RewardModel.load(product, pixels, features, device=context.device))
@@ -121,7 +129,9 @@ def _stages(context: Context, stop: StopRequest) -> None:
             fresh = False
             continue
         if fresh:
-            if name != "align" and not log.evaluated("start"):  # a model that can answer is measured before it changes
+            if name != "align" and not world.once(
+                lambda: log.evaluated("start")
+            ):  # a model that can answer is measured before it changes
                 _report(context, "start", evaluate_sets(context, "start", 0, None))
             fresh = False
         stage = STAGES[name](context, getattr(recipe, name))
@@ -133,12 +143,12 @@ def _stages(context: Context, stop: StopRequest) -> None:
             metrics = evaluate_sets(context, name, stage.steps, None)
             context.best.offer(context.policy, name, stage.steps, metrics)
             _report(context, name, metrics)
-        write_folder(product, stage.save)
+        world.once(functools.partial(write_folder, product, stage.save))
         if index + 1 < len(recipe.run.stages):
-            Checkpoints(folder / "checkpoints").clear()
-        if stop.signum:
-            raise Stopped(f"stopped after stage {name}", stop.signum)
-    write_folder(folder / "final", context.policy.save)
+            world.once(Checkpoints(folder / "checkpoints").clear)
+        if signum := world.most(stop.signum):
+            raise Stopped(f"stopped after stage {name}", signum)
+    world.once(lambda: write_folder(folder / "final", context.policy.save))
 
 
 def _report(context: Context, stage: str, metrics: dict[str, float]) -> None:

@@ -73,7 +73,7 @@ def loss_and_gradient(stage, samples, *, packing, metrics=None):
     stage.context.reader.packing = packing
     for parameter in stage.model.parameters.values():
         parameter.grad = None
-    loss = stage.loss(samples, samples, {} if metrics is None else metrics)
+    loss = stage.loss(samples, stage.counts(samples), {} if metrics is None else metrics)
     loss.backward()
     stage.forget_update()
     return loss.detach(), torch.cat([p.grad.flatten() for p in stage.model.parameters.values()])

@@ -48,7 +48,8 @@ class RewardStage(Stage[Pair]):
         totals = (experience.rewards_NR * self.judge.weights).sum(1)  # NaN, unscored, is in no pair
         pairs = pairs_by_gap(totals, experience.group_size, min_gap=0.0, max_pairs=self.config.max_pairs)
         metrics["pairs"] = len(pairs)
-        return [Pair(experience.sequence(chosen), experience.sequence(rejected)) for chosen, rejected in pairs]
+        mine = [(chosen, rejected) for chosen, rejected in pairs if experience.here(chosen)]
+        return [Pair(experience.sequence(chosen), experience.sequence(rejected)) for chosen, rejected in mine]
 
     def weight(self, samples: list[Pair]) -> float:
         return len(samples)
@@ -58,13 +59,13 @@ class RewardStage(Stage[Pair]):
         sides = self.largest_sequences(sampling, self.config.max_pairs, sampling.prompts * self.config.max_pairs)
         return [Pair(side, side) for side in sides]
 
-    def loss(self, samples: list[Pair], whole: list[Pair], metrics: Metrics) -> torch.Tensor:
+    def loss(self, samples: list[Pair], whole: dict[str, float], metrics: Metrics) -> torch.Tensor:
         sequences = [pair.chosen for pair in samples] + [pair.rejected for pair in samples]
         chosen, rejected = self.model.scores(self.context.reader.batch(sequences, self.context.device)).chunk(2)
         metrics["rewards/accuracies"] = (chosen > rejected).float().mean()
         metrics["rewards/margins"] = (chosen - rejected).mean()
         metrics["num_tokens"] = sum(len(s.response_ids) for s in sequences)
-        return -F.logsigmoid(chosen - rejected).sum() / len(whole)
+        return -F.logsigmoid(chosen - rejected).sum() / whole["samples"]
 
     def save(self, folder: Any) -> None:
         self.model.save(folder)
