@@ -97,7 +97,7 @@ class World:
     def _reduced(self, values: list, operation: Any) -> list[float]:
         if self.size == 1:
             return values
-        held = torch.tensor(values, dtype=torch.float64, device=self.device)
+        held = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(held, operation)
         return held.tolist()
 
@@ -123,17 +123,17 @@ def opened(device: str, *, timeout: float) -> Iterator[World]:
     raises   ValueError where the device names one GPU for several ranks; RuntimeError where there are too few GPUs
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1 or dist.is_initialized():
-        yield World(device=pick_device(device)) if size == 1 else World(dist.get_rank(), size, pick_device(device))
+    if size == 1:
+        yield World(device=pick_device(device))
         return
     chosen = _of_rank(pick_device(device), device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
-    try:
-        yield World(dist.get_rank(), size, chosen)
-    finally:
-        dist.destroy_process_group()
+    # what ranks tell each other goes over gloo on GPUs too: it costs the device nothing, and sees at once who has died
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    yield World(dist.get_rank(), size, chosen)
+    dist.destroy_process_group()  # not after an error: it would wait for ranks that may be gone
 
 
 def _of_rank(device: torch.device, name: str) -> torch.device:

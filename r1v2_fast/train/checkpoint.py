@@ -64,6 +64,13 @@ class Checkpoints:
         whole = self._found(stage)
         return f"{whole[-1]} is intact" if whole else "there is no earlier one"
 
+    def newest(self) -> str:
+        """A sentence's end on the last completed checkpoint of any stage."""
+        whole = [path for path in self.folder.glob("*") if NAME.fullmatch(path.name)]
+        if not whole:
+            return f"{self.folder} holds no checkpoint of a stage yet"
+        return f"the last completed checkpoint is {max(whole, key=lambda path: path.stat().st_mtime)}"
+
     def _clean(self, stage: Stage, newest: Path) -> None:
         found = self._found(stage)
         now = found.index(newest) + 1

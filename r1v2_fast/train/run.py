@@ -19,6 +19,7 @@ from r1v2_fast.log import Log, Silent
 from r1v2_fast.loggers import open_loggers
 from r1v2_fast.models import load, lora
 from r1v2_fast.models.reward_model import RewardModel
+from r1v2_fast.parallel.failure import named
 from r1v2_fast.parallel.world import World, opened
 from r1v2_fast.run_folder import claim, note_inputs
 from r1v2_fast.stop import Stopped, StopRequest
@@ -42,7 +43,8 @@ def train(recipe: Recipe, *, resume: bool = False, log: Log | None = None) -> Pa
 
     raises  ValueError where the folder holds a run and resume is False, or another recipe's run; Stopped at a signal
     """
-    with opened(recipe.run.device, timeout=recipe.run.timeout) as world:
+    checkpoints = Checkpoints(Path(recipe.run.folder) / "checkpoints")
+    with opened(recipe.run.device, timeout=recipe.run.timeout) as world, named(world, checkpoints.newest):
         return _train(recipe, world, resume, log)
 
 
