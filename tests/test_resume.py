@@ -298,10 +298,10 @@ def test_a_full_disk_under_a_product_is_a_sentence_too(place, tmp_path, short, m
 
     save = Policy.save
 
-    def full(self, path):
+    def full(self, path, state):
         if f"/{place}" in str(path):
             raise OSError(28, "No space left on device")
-        save(self, path)
+        save(self, path, state)
 
     more = ["grpo.steps=2", "evaluation.every=1"]
     with monkeypatch.context() as patch:

@@ -33,8 +33,10 @@ class Best:
         if not self.world.once(lambda: self._better(metrics[name])):
             return
 
+        state = policy.gathered(keep=self.world.first)
+
         def write(folder: Path) -> None:
-            policy.save(folder)
+            policy.save(folder, state)
             found = {"metric": name, "value": metrics[name], "stage": stage, "step": step}
             (folder / "best.json").write_text(json.dumps(found, indent=2))
 

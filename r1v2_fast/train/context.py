@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from r1v2_fast.models.feature_cache import FeatureCache
 from r1v2_fast.models.packing import PackedBatch, pack
 from r1v2_fast.models.policy import Backbone, Policy
 from r1v2_fast.models.reward_model import RewardModel
+from r1v2_fast.parallel import sharding
 from r1v2_fast.parallel.world import ALONE, World, pick_device
 from r1v2_fast.rollout.choose import engine_of
 from r1v2_fast.rollout.engine import Engine, Prompt
@@ -123,7 +125,8 @@ class Context:
 
     def use(self, loaded: load.Loaded) -> None:
         """Make `loaded` the policy of what follows."""
-        loaded.model.to(self.device)
+        if not self.sharded:  # else it goes to the device shard by shard
+            loaded.model.to(self.device)
         loaded.image_processor.max_patches = self.recipe.data.max_tiles  # saved with every policy
         self.reader = Reader(self.corpus, loaded, max_tiles=self.recipe.data.max_tiles, packing=self._packing(loaded))
         model = self.recipe.model
@@ -132,7 +135,35 @@ class Context:
         self.policy.settle()
         self._attend(self.policy)
         self.close()
-        self.engine = engine_of(self.recipe.rollout, self.policy)
+        self.engine = engine_of(self.recipe.rollout, self.policy, self.world.any if self.sharded else None)
+
+    def open(self, folder: Path | None) -> None:
+        """Make a stage's product the policy, or the model that the recipe starts from."""
+        self.opened = folder
+        dtype = getattr(torch, self.recipe.model.dtype)
+        self.use(self.initial() if folder is None else load.from_folder(folder, dtype=dtype))
+
+    @property
+    def sharded(self) -> bool:
+        return self.world.size > 1 and self.recipe.run.shard == "full"
+
+    def shard(self, model: Backbone) -> None:
+        """Once it is known what of `model` trains, where the recipe says so."""
+        if self.sharded and not model.joins:
+            sharding.shard(model, self.world)
+
+    def join(
+        self, model: Backbone, forwards: int, backward: Callable[[torch.Tensor], None] = lambda loss: None
+    ) -> None:
+        """Where the model is sharded, as many more forwards as another rank makes: of nothing, whose gradient is 0."""
+        if not self.sharded:
+            return
+        end = self.policy.tokenizer.eos_token_id
+        for _ in range(self.world.most(forwards) - forwards):
+            batch = self.reader.batch([Sequence([end], [end], [])], self.device)
+            scores = model.scores if isinstance(model, RewardModel) else self.policy.response_logprobs
+            output = scores(batch)
+            backward(0.0 * (output if isinstance(output, torch.Tensor) else output.logprobs).sum())
 
     def close(self) -> None:
         if hasattr(self, "engine"):
@@ -141,6 +172,7 @@ class Context:
     def score_with(self, model: RewardModel) -> None:
         """Make `model` the run's reward model."""
         self._attend(model)
+        self.shard(model)
         self.reward_model = model
 
     def _attend(self, model: Backbone) -> None:

@@ -5,6 +5,7 @@ N = B x G responses of B prompts, R reward components.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -90,9 +91,11 @@ def panel(
         assert model is not None
         samples = [Single(sequence) for sequence in sequences]
         scores: dict[int, torch.Tensor] = {}
-        for part in micro_batches(samples, budget, packed=context.reader.packing):
+        parts = micro_batches(samples, budget, packed=context.reader.packing) if samples else []
+        for part in parts:
             batch = context.reader.batch([sample.sequence for sample in part], context.device)
             scores |= zip(map(id, part), model.scores(batch).cpu(), strict=True)
+        context.join(model, len(parts))
         return torch.stack([scores[id(sample)] for sample in samples]) if samples else torch.empty(0)
 
     scores = model_scores if model else None
@@ -113,13 +116,14 @@ def collect(
     with world.together():
         prompts = context.reader.prompts(dataset, [records[g] for g in mine])
     context.engine.sync()
-    responses = context.engine.generate(
-        prompts,
-        group_size=size,
-        max_new_tokens=sampling.max_new_tokens,
-        temperature=sampling.temperature,
-        seeds=[context.seed(f"{stage}/rollout {g}", round) for g in mine],
-    )
+    with nullcontext() if context.sharded else world.together():  # sharded, sampling is collective itself
+        responses = context.engine.generate(
+            prompts,
+            group_size=size,
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            seeds=[context.seed(f"{stage}/rollout {g}", round) for g in mine],
+        )
     completions = [context.reader.encoder.decode(response.ids) for response in responses]
     repeated = [records[g] for g in mine for _ in range(size)]
     each = [prompt for prompt in prompts for _ in range(size)]

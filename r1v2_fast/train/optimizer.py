@@ -6,9 +6,10 @@ import math
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from r1v2_fast import config
-from r1v2_fast.parallel.gradients import sum_gradients
+from r1v2_fast.parallel.gradients import clip, sum_gradients
 from r1v2_fast.parallel.stored import Stored
 from r1v2_fast.parallel.world import ALONE, World
 
@@ -28,8 +29,14 @@ class Optimizer:
         self.parameters = parameters
         self.settings = settings
         values = list(parameters.values())
+        sharded = [value for value in values if isinstance(value, DTensor)]  # foreach takes no mixture
+        groups = [[value for value in values if not isinstance(value, DTensor)], sharded]
         self.adamw = torch.optim.AdamW(
-            values, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, foreach=True
+            [{"params": group} for group in groups if group],
+            lr=settings.lr,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            foreach=True,
         )
         self.scaler = torch.amp.GradScaler(values[0].device.type, enabled=dtype == torch.float16)
 
@@ -49,7 +56,7 @@ class Optimizer:
             return torch.zeros(())
         self.scaler.unscale_(self.adamw)
         largest = math.inf if self.settings.max_grad_norm is None else self.settings.max_grad_norm
-        norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), largest)
+        norm = clip(list(self.parameters.values()), largest)
         for group in self.adamw.param_groups:
             group["lr"] = rate
         if self.scaler.is_enabled() or bool(norm.isfinite()):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +16,8 @@ from r1v2_fast.judge.panel import REWARD_MODEL
 from r1v2_fast.judge.reward import COMPARE, load_reward
 from r1v2_fast.log import Log, Silent
 from r1v2_fast.loggers import open_loggers
-from r1v2_fast.models import load, lora
+from r1v2_fast.models import lora
+from r1v2_fast.models.policy import Backbone
 from r1v2_fast.models.reward_model import RewardModel
 from r1v2_fast.parallel.failure import named
 from r1v2_fast.parallel.world import World, opened
@@ -96,7 +96,7 @@ def _check(context: Context) -> None:
     raises  ValueError; RuntimeError where the engine's log-probs are not the policy's
     """
     recipe = context.recipe
-    context.use(context.initial())
+    context.open(None)
     files: list[Path] = []
     scored = [(context.corpus.dataset(file), recipe.evaluation.score) for file in recipe.evaluation.sets.values()]
     for section in (getattr(recipe, name) for name in recipe.run.stages):
@@ -123,19 +123,16 @@ def _stages(context: Context, stop: StopRequest) -> None:
     for index, name in enumerate(recipe.run.stages):
         product = folder / "stages" / name
         if world.once(product.is_dir):  # written whole by an earlier start
-            if name == "reward":
-                pixels, features = context.reader.pixels, context.policy.features.like()
-                context.score_with(RewardModel.load(product, pixels, features, device=context.device))
-            else:
-                context.use(load.from_folder(product, dtype=getattr(torch, recipe.model.dtype)))
+            _open(context, name, product)
             fresh = False
             continue
-        if fresh:
-            if name != "align" and not world.once(
-                lambda: log.evaluated("start")
-            ):  # a model that can answer is measured before it changes
-                _report(context, "start", evaluate_sets(context, "start", 0, None))
-            fresh = False
+        # a model that can answer is measured before it changes
+        if fresh and name != "align" and not world.once(lambda: log.evaluated("start")):
+            context.shard(context.policy)
+            _report(context, "start", evaluate_sets(context, "start", 0, None))
+            if context.sharded:  # by what trains, from here on
+                context.open(context.opened)
+        fresh = False
         stage = STAGES[name](context, getattr(recipe, name))
         run_stage(context, stage, stop, later=list(recipe.run.stages[index + 1 :]))
         stage.model.settle()
@@ -145,12 +142,31 @@ def _stages(context: Context, stop: StopRequest) -> None:
             metrics = evaluate_sets(context, name, stage.steps, None)
             context.best.offer(context.policy, name, stage.steps, metrics)
             _report(context, name, metrics)
-        world.once(functools.partial(write_folder, product, stage.save))
+        _write(context, product, stage.model)
         if index + 1 < len(recipe.run.stages):
             world.once(Checkpoints(folder / "checkpoints").clear)
+            if context.sharded:  # each stage shards by what it trains
+                _open(context, name, product)
         if signum := world.most(stop.signum):
             raise Stopped(f"stopped after stage {name}", signum)
-    world.once(lambda: write_folder(folder / "final", context.policy.save))
+    _write(context, folder / "final", context.policy)
+
+
+def _open(context: Context, stage: str, product: Path) -> None:
+    """What `stage` made, for the stages behind it."""
+    if stage != "reward":
+        context.open(product)
+        return
+    device = torch.device("cpu") if context.sharded else context.device
+    pixels, features = context.reader.pixels, context.policy.features.like()
+    context.score_with(RewardModel.load(product, pixels, features, device=device))
+    if context.sharded and context.policy.joins:
+        context.open(context.opened)
+
+
+def _write(context: Context, folder: Path, model: Backbone) -> None:
+    state = model.gathered(keep=context.world.first)
+    context.world.once(lambda: write_folder(folder, lambda partial: model.save(partial, state)))
 
 
 def _report(context: Context, stage: str, metrics: dict[str, float]) -> None:

@@ -189,7 +189,7 @@ def test_masks_that_are_no_layout_go_to_transformers_own_attention(tmp_path):
 def test_a_saved_policy_names_no_attention_of_ours(tmp_path):
     stage = stage_of("grpo", tmp_path, double=False)
     stage.model.settle()
-    stage.save(tmp_path / "saved")
+    stage.model.save(tmp_path / "saved")
     assert attention.NAME not in (tmp_path / "saved" / "config.json").read_text()
 
 

@@ -41,6 +41,7 @@ class Stage(Generic[S]):
             context.reward_model.own_tower()
         model.train_parts(list(config.train), config.lora, seed=context.recipe.run.seed)
         model.checkpointing = config.gradient_checkpointing
+        context.shard(model)
 
     def prepare(self) -> None:
         """Work before the first step, such as reference log-probs; the initial parameters are in place."""
@@ -99,12 +100,15 @@ class Stage(Generic[S]):
     def response_logprobs(self, samples: list[S], *, temperature: float) -> list[list[torch.Tensor]]:
         """Per-token log-probs of each sequence of each sample, without gradient, in micro-batches; on the CPU."""
         found: dict[int, list[torch.Tensor]] = {}
-        for part in self.micro_batches(samples):
+        parts = self.micro_batches(samples)
+        for part in parts:
             batch = self.context.reader.batch([s for sample in part for s in sample.sequences], self.context.device)
             with torch.no_grad():
                 logprobs = self.context.policy.response_logprobs(batch, temperature=temperature).logprobs
             pieces = iter(logprobs.cpu().split(batch.offsets.diff().tolist()))
             found |= {id(sample): [next(pieces) for _ in sample.sequences] for sample in part}
+        with torch.no_grad():
+            self.context.join(self.context.policy, len(parts))
         return [found[id(sample)] for sample in samples]
 
     def after_update(self) -> None:
@@ -119,10 +123,6 @@ class Stage(Generic[S]):
 
     def load_state(self, tensors: Stored, metas: list[dict[str, Any]]) -> None:
         """What `state` gave on all the ranks that saved, however many."""
-
-    def save(self, folder) -> None:
-        """The stage's product, once settled, as a folder that loads again."""
-        self.context.policy.save(folder)
 
 
 def response_tokens(samples: Iterable[Sample]) -> int:

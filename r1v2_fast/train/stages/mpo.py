@@ -51,7 +51,7 @@ class MPOStage(Stage[Pair]):
         if self.config.sampling is not None:
             return
         indices = sorted({index for step in range(self.steps) for index in self._drawn(step)})
-        for start in range(0, len(indices), self.config.pairs):
+        for start in range(0, self.context.world.most(len(indices)), self.config.pairs):
             part = indices[start : start + self.config.pairs]
             pairs = self._pairs(part)
             self._add_reference(pairs)

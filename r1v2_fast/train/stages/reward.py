@@ -6,7 +6,6 @@ Source: Skywork-VL Reward (arXiv 2505.07263): vision tower frozen; adapter, lang
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +38,7 @@ class RewardStage(Stage[Pair]):
         if "vision" in {*config.train, *config.lora}:
             model.own_tower()
         super().__init__(context, config, model)
+        context.shard(context.policy)
         self.config = config
         self.judge = panel(context, config.rewards, config.micro_batch_tokens)
 
@@ -66,6 +66,3 @@ class RewardStage(Stage[Pair]):
         metrics["rewards/margins"] = (chosen - rejected).mean()
         metrics["num_tokens"] = sum(len(s.response_ids) for s in sequences)
         return -F.logsigmoid(chosen - rejected).sum() / whole["samples"]
-
-    def save(self, folder: Any) -> None:
-        self.model.save(folder)
