@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +28,8 @@ from r1v2_fast.parallel.world import ALONE, World, pick_device
 from r1v2_fast.rollout.choose import engine_of
 from r1v2_fast.rollout.engine import Engine, Prompt
 from r1v2_fast.train.best import Best
+
+T = TypeVar("T")
 
 
 class Corpus:
@@ -152,14 +155,18 @@ class Context:
         if self.sharded and not model.joins:
             sharding.shard(model, self.world)
 
-    def join(
-        self, model: Backbone, forwards: int, backward: Callable[[torch.Tensor], None] = lambda loss: None
-    ) -> None:
-        """Where the model is sharded, as many more forwards as another rank makes: of nothing, whose gradient is 0."""
-        if not self.sharded:
-            return
+    def joined(
+        self, model: Backbone, parts: list[T], backward: Callable[[torch.Tensor], None] = lambda loss: None
+    ) -> Iterator[T]:
+        """`parts`, for a forward of `model` each.
+
+        Where it is sharded a forward is a collective: as many more as another rank makes follow, of nothing, with
+        gradients of 0.
+        """
+        missing = self.world.most(len(parts)) - len(parts) if self.sharded else 0
+        yield from parts
         end = self.policy.tokenizer.eos_token_id
-        for _ in range(self.world.most(forwards) - forwards):
+        for _ in range(missing):
             batch = self.reader.batch([Sequence([end], [end], [])], self.device)
             scores = model.scores if isinstance(model, RewardModel) else self.policy.response_logprobs
             output = scores(batch)

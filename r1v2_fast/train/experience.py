@@ -92,10 +92,9 @@ def panel(
         samples = [Single(sequence) for sequence in sequences]
         scores: dict[int, torch.Tensor] = {}
         parts = micro_batches(samples, budget, packed=context.reader.packing) if samples else []
-        for part in parts:
+        for part in context.joined(model, parts):
             batch = context.reader.batch([sample.sequence for sample in part], context.device)
             scores |= zip(map(id, part), model.scores(batch).cpu(), strict=True)
-        context.join(model, len(parts))
         return torch.stack([scores[id(sample)] for sample in samples]) if samples else torch.empty(0)
 
     scores = model_scores if model else None

@@ -74,12 +74,10 @@ def _learn(stage: Stage, samples: list, optimizer: Optimizer, step: int, metrics
     for mini_batch in stage.mini_batches(samples, step):
         loss = torch.zeros((), dtype=torch.promote_types(stage.model.dtype, torch.float32), device=stage.context.device)
         whole = world.sums(stage.counts(mini_batch))
-        micro_batches = stage.micro_batches(mini_batch)
-        for part in micro_batches:
+        for part in stage.context.joined(stage.model, stage.micro_batches(mini_batch), optimizer.backward):
             own: Metrics = {}
             loss += _add_gradient(stage, part, whole, optimizer, own)
             parts.add(own, weight=stage.weight(part), weights=stage.weights(part))
-        stage.context.join(stage.model, len(micro_batches), optimizer.backward)
         norm = optimizer.step(rate)
         if optimizer.lost(norm):
             raise RuntimeError(
@@ -104,10 +102,8 @@ def _rehearse(stage: Stage, optimizer: Optimizer) -> None:
     """The largest forward and backward that the stage is expected to meet, thrown away: memory runs out now, not later."""
     largest = stage.largest()
     largest = largest[: -(-len(largest) // stage.context.world.size)]
-    parts = stage.micro_batches(largest)[:1]
-    for part in parts:
+    for part in stage.context.joined(stage.model, stage.micro_batches(largest)[:1], optimizer.backward):
         _add_gradient(stage, part, stage.counts(largest), optimizer, {})
-    stage.context.join(stage.model, len(parts), optimizer.backward)
     optimizer.adamw.zero_grad(set_to_none=True)
     stage.forget_update()
 

@@ -97,18 +97,15 @@ class Stage(Generic[S]):
             return []
         return micro_batches(samples, self.settings.micro_batch_tokens, packed=self.context.reader.packing)
 
+    @torch.no_grad()
     def response_logprobs(self, samples: list[S], *, temperature: float) -> list[list[torch.Tensor]]:
         """Per-token log-probs of each sequence of each sample, without gradient, in micro-batches; on the CPU."""
         found: dict[int, list[torch.Tensor]] = {}
-        parts = self.micro_batches(samples)
-        for part in parts:
+        for part in self.context.joined(self.context.policy, self.micro_batches(samples)):
             batch = self.context.reader.batch([s for sample in part for s in sample.sequences], self.context.device)
-            with torch.no_grad():
-                logprobs = self.context.policy.response_logprobs(batch, temperature=temperature).logprobs
+            logprobs = self.context.policy.response_logprobs(batch, temperature=temperature).logprobs
             pieces = iter(logprobs.cpu().split(batch.offsets.diff().tolist()))
             found |= {id(sample): [next(pieces) for _ in sample.sequences] for sample in part}
-        with torch.no_grad():
-            self.context.join(self.context.policy, len(parts))
         return [found[id(sample)] for sample in samples]
 
     def after_update(self) -> None:
