@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 NATIVE := .venv/.native
 
-.PHONY: train test slow peers lint types bench gpu gpu-build gpu-test gpu-sanitize gpu-bench wheel
+.PHONY: train test slow peers lint types bench gpu gpu-build gpu-test gpu-sanitize gpu-bench gpu-full wheel
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -70,6 +70,11 @@ gpu-bench: # tune first: the row kernel's launch parameters are part of what is 
 	$(GPU_PYTHON) -m bench tune
 	$(GPU_PYTHON) -m bench --device cuda --output bench/results/gpu.jsonl
 	$(GPU_PYTHON) -m pytest bench/host_overhead.py
+
+gpu-full: # whole steps with random weights: R1V2-38B on one GPU of 141 GB, InternVL3-1B on any
+	$(GPU_PYTHON) -m bench.full_step r1v2-38b-one-gpu --output bench/results/gpu.jsonl
+	$(GPU_PYTHON) -m bench.full_step internvl3-1b --output bench/results/gpu.jsonl
+	$(GPU_PYTHON) -m bench.grpo_step --device cuda --output bench/results/gpu.jsonl
 
 wheel: $(INSTALLED) # an sdist, and a manylinux wheel for every CPython at hand; R1V2_FAST_CUDA=auto|1|0
 	$(BIN)/python tools/wheels.py

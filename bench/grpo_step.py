@@ -88,7 +88,14 @@ def measure(folder: Path, *, tiles: int, response: int, train: list[str], rounds
         times.append({"collect": middle - start, "update": time.perf_counter() - middle})
         assert len(fresh) == PROMPTS * GROUP, f"expected all {PROMPTS * GROUP} responses in the step, got {len(fresh)}"
 
-    peer = TRL(folder / "model", folder / "data", prompts=PROMPTS, group=GROUP, response=response, train=train)
+    options: dict[str, Any] = {
+        "prompts": PROMPTS,
+        "group": GROUP,
+        "response": response,
+        "train": train,
+        "device": device,
+    }
+    peer = TRL(folder / "model", folder / "data", **options)
     seconds = peer.run(steps=rounds + 1, between=our_step)  # the first of either is a warm-up
     ours = [sum(parts.values()) for parts in times]
     return {

@@ -65,7 +65,9 @@ class Processor(ProcessorMixin):
 class TRL:
     """`GRPOTrainer` with one update a rollout of prompts x group responses of exactly `response` tokens."""
 
-    def __init__(self, model: Path, data: Path, *, prompts: int, group: int, response: int, train: list[str]):
+    def __init__(
+        self, model: Path, data: Path, *, prompts: int, group: int, response: int, train: list[str], device: str
+    ):
         from r1v2_fast.models.freeze import set_trainable
 
         loaded = load.from_folder(model)
@@ -83,7 +85,8 @@ class TRL:
         forbidden = forbidden_ids(loaded.tokenizer, loaded.model.config.image_token_id).tolist()
         settings = GRPOConfig(
             output_dir=str(data / "trl"), per_device_train_batch_size=prompts * group, num_generations=group,
-            max_completion_length=response, max_steps=1, logging_steps=1, report_to=[], use_cpu=True, bf16=False, beta=0.0,
+            max_completion_length=response, max_steps=1, logging_steps=1, report_to=[], bf16=False, beta=0.0,
+            use_cpu=device == "cpu",
             learning_rate=1e-3, save_strategy="no", temperature=1.0, disable_tqdm=True, gradient_checkpointing=False,
             generation_kwargs={"min_new_tokens": response, "suppress_tokens": forbidden},
         )  # fmt: skip

@@ -38,11 +38,13 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 MADE = {
     "digits": "Made by r1v2_fast from scikit-learn's scans of handwritten digits, two side by side with a question about "
     "them. Held-out scans are never trained on.",
+    "synthetic": "Made up by r1v2_fast: noise with sums of two numbers, to try the recipe's speed and memory.",
     None: "Given to the run as it is.",
 }
 LIMITS = {
     "digits": "It is a toy: it reads one or two handwritten digits in a picture of 16 x 16 pixels and knows no other "
     "words than those of its few questions.",
+    "synthetic": "Its weights started at random: it knows nothing.",
     None: "What the model it started from gets wrong, this one may get wrong too.",
 }
 METRICS = {

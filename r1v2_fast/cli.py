@@ -7,12 +7,13 @@ import contextlib
 import json
 import math
 import sys
+from typing import Any
 
 from r1v2_fast._version import __version__
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = vars(_parser().parse_args(argv))
+    options = _options(argv)
     command = options.pop("command")
     try:
         return command(**options)
@@ -24,6 +25,18 @@ def main(argv: list[str] | None = None) -> int:
     except _of_files() as error:
         print(f"r1v2-fast: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
+
+
+def _options(argv: list[str] | None) -> dict[str, Any]:
+    """What was asked for; argparse itself takes no overrides behind an option."""
+    parser = _parser()
+    parsed, rest = parser.parse_known_args(argv)
+    options = vars(parsed)
+    if rest and ("overrides" not in options or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options["overrides"] = [*options["overrides"], *rest]
+    return options
 
 
 def _of_files() -> tuple[type[Exception], ...]:
@@ -58,6 +71,10 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("recipe", help="a shipped recipe's name (digits) or a YAML file")
     train.add_argument("overrides", nargs="*", metavar="a.b=c", help="dotted overrides of the recipe")
     train.add_argument("--resume", action="store_true", help="go on with the run in run.folder")
+    train.add_argument(
+        "--dummy-weights", action="store_true",
+        help="random weights for the recipe's architecture, and made-up records where its data is not there",
+    )  # fmt: skip
     train.set_defaults(command=_train)
 
     evaluate = commands.add_parser("evaluate", help="greedy accuracy of a model folder on a file of records")
@@ -154,7 +171,7 @@ def _answering(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes a GPU where there is one")
 
 
-def _train(recipe: str, overrides: list[str], resume: bool) -> int:
+def _train(recipe: str, overrides: list[str], resume: bool, dummy_weights: bool) -> int:
     from transformers.utils import logging
 
     from r1v2_fast import config
@@ -164,6 +181,8 @@ def _train(recipe: str, overrides: list[str], resume: bool) -> int:
 
     logging.disable_progress_bar()
     try:
+        if dummy_weights:
+            overrides = [*overrides, "model.dummy_weights=true"]
         folder = run.train(config.load(recipe, overrides), resume=resume)
     except Stopped as stopped:
         print(f"r1v2-fast: {stopped}; go on with --resume", file=sys.stderr)

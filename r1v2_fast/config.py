@@ -97,7 +97,7 @@ class RewardTerm(Section):
 
     name: str
     function: str
-    """exact_match, math_answer, think_format, path.py:name, or reward_model."""
+    """exact_match, math_answer, think_format, path.py:name, or reward_model; coin_flip where there is nothing to judge."""
     weight: float = 1.0
     squash: Literal["none", "sigmoid"] = "none"
     """An unbounded score drowns the rules: sigmoid brings it to (0, 1)."""
@@ -283,9 +283,14 @@ class GRPO(Stage):
 
 class Model(Section):
     preset: str | None = None
-    """A preset to initialise: digits."""
+    """A preset to initialise: digits; or an architecture without weights, internvl3-1b or r1v2-38b, for dummy_weights."""
     path: str | None = None
     """Or a local InternVL-family folder in Hugging Face format."""
+    dummy_weights: bool = False
+    """Fill an architecture with random weights, with a made-up tokenizer, and records where data.folder has none: speed
+    and memory are the real ones, answers are noise. `r1v2-fast train RECIPE --dummy-weights` sets it."""
+    architecture: dict[str, Any] = {}
+    """Changes to the preset's config for a smaller dummy, such as {text_config: {num_hidden_layers: 2}}."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the frozen weights, the matmuls and the stages' products; what trains is held in fp32 (mixed precision)."""
     feature_cache_gib: float = Field(1.0, gt=0)
@@ -297,19 +302,25 @@ class Model(Section):
     attention: Literal["auto", "sdpa", "flex", "flash"] = "auto"
     """How packed rows attend: PyTorch's SDPA group by group, FlexAttention, or flash-attn. auto: on a GPU flash where it
     is installed and the weights are 16-bit, else flex; sdpa elsewhere."""
+    fused_layers: Literal["auto", "on", "off"] = "auto"
+    """liger-kernel's RMSNorm, RoPE and SwiGLU in the language model. auto: on a GPU where liger-kernel is installed."""
 
     @model_validator(mode="after")
     def _one_source(self):
         if (self.preset is None) == (self.path is None):
             raise ValueError(f"give one of model.preset and model.path, got {self.preset!r} and {self.path!r}")
+        if self.dummy_weights and self.preset in (None, "digits"):
+            raise ValueError(f"model.dummy_weights fills an architecture's preset, got preset {self.preset!r}")
+        if self.architecture and not self.dummy_weights:
+            raise ValueError(f"model.architecture changes dummy weights alone, got {self.architecture!r} without them")
         return self
 
 
 class Data(Section):
     folder: str
     """Folder of the records; relative to the run folder when `make` writes it, else to where the run starts."""
-    make: Literal["digits"] | None = None
-    """Write this dataset into the folder first."""
+    make: Literal["digits", "synthetic"] | None = None
+    """Write this dataset into the folder first: the toy's digits, or records of noise under the names that the run reads."""
     sizes: dict[str, int] = {}
     """Records a file, for `make`."""
     root: str | None = None
@@ -409,6 +420,12 @@ class Recipe(Section):
     checkpoint: Checkpoint = Checkpoint()
     samples_every: int = Field(10, gt=0)
     """Steps between sample dumps."""
+
+    def files(self) -> list[str]:
+        """The record files that the run reads, below data.folder."""
+        return list(
+            dict.fromkeys([*(getattr(self, stage).data for stage in self.run.stages), *self.evaluation.sets.values()])
+        )
 
     @model_validator(mode="after")
     def _stages_are_configured(self):

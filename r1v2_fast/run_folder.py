@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import yaml
+from pydantic import ValidationError
 
 from r1v2_fast._version import __version__
 from r1v2_fast.atomic import digest, write_text
@@ -24,6 +25,7 @@ FREE = (
     "run.name", "run.folder", "data.folder", "run.device", "run.threads", "run.loggers", "run.timeout",
     "run.shard", "data.root", "data.allow_outside",
     "*.micro_batch_tokens", "*.gradient_checkpointing", "model.packing", "model.attention", "model.feature_cache_*",
+    "model.fused_layers",
     "rollout.max_rows", "rollout.prefill_tokens", "rollout.cuda_graphs", "rollout.url", "rollout.api_key_env", "rollout.model",
     "rollout.timeout", "rollout.retries", "rollout.concurrency", "rollout.probe_tolerance", "rollout.weight_transfer",
     "*.rewards.*.on_nan", "*.rewards.*.time_limit", "evaluation.time_limit",
@@ -42,7 +44,7 @@ def claim(folder: Path, recipe: Recipe, *, resume: bool, say: Callable[[str], No
         if not resume:
             raise ValueError(f"{folder} holds a run; add --resume to go on with it, or choose another run.folder")
         free = (*FREE, *(f"{stage}.*" for stage in recipe.run.stages if not _begun(folder, stage)))
-        before, now = _flat(yaml.safe_load(path.read_text())), _flat(values)
+        before, now = _flat(_filled(yaml.safe_load(path.read_text()))), _flat(values)
         differing = [
             f"{key} ({before.get(key)!r} in the run, {now.get(key)!r} now)"
             for key in sorted(before.keys() | now.keys())
@@ -55,6 +57,14 @@ def claim(folder: Path, recipe: Recipe, *, resume: bool, say: Callable[[str], No
     folder.mkdir(parents=True, exist_ok=True)
     write_text(path, yaml.safe_dump(values, sort_keys=False))
     _note_environment(folder / "environment.json", resume and started, say)
+
+
+def _filled(values: dict[str, Any]) -> dict[str, Any]:
+    """With the defaults of keys that came after the run began; as it is where a key is no longer known."""
+    try:
+        return Recipe.model_validate(values).model_dump(mode="json")
+    except ValidationError:
+        return values
 
 
 def _begun(folder: Path, stage: str) -> bool:

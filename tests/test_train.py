@@ -5,16 +5,17 @@ import math
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForImageTextToText, InternVLForConditionalGeneration
 
 from r1v2_fast import config
+from r1v2_fast.judge.summary import pairs_by_gap
 from r1v2_fast.log import Log, read
 from r1v2_fast.models import freeze, presets
 from r1v2_fast.report import write
 from r1v2_fast.train import run
 from r1v2_fast.train.checkpoint import Checkpoints
 from r1v2_fast.train.context import Context
-from r1v2_fast.train.experience import pairs_by_gap
 from r1v2_fast.train.optimizer import learning_rate
 
 TINY = [
@@ -271,3 +272,18 @@ def test_records_without_images_keep_the_adapter_in_the_graph(tmp_path, override
     run.train(tiny(tmp_path / "a", overrides, *more))
     said = " ".join(capsys.readouterr().out.split())
     assert said.count("the gradient is exactly 0") == 1
+
+
+def test_a_run_of_an_earlier_release_resumes_where_new_keys_have_their_defaults(tmp_path):
+    sizes = "data.sizes={align: 64, policy: 8, reward: 8, heldout: 4}"
+    recipe = tiny(tmp_path / "a", [], "run.stages=[align]", "align.steps=1", sizes)
+    run.train(recipe)
+    path = tmp_path / "a" / "recipe.yaml"
+    saved = yaml.safe_load(path.read_text())
+    del saved["rollout"], saved["model"]["packing"]
+    path.write_text(yaml.safe_dump(saved))
+    run.train(recipe, resume=True)
+    saved["align"]["batch_size"] += 1
+    path.write_text(yaml.safe_dump(saved))
+    with pytest.raises(ValueError, match="another recipe, it differs in align.batch_size"):
+        run.train(recipe, resume=True)

@@ -30,6 +30,7 @@ BUILT_IN: dict[str, RewardFunction] = {
     "math_answer": rules.math_answer,
     "think_format": rules.think_format,
     "faithful": hallucination.faithful,
+    "coin_flip": rules.coin_flip,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zlib
 
 _THINK = re.compile(r"<think>(?P<think>.*?)</think>(?P<answer>.*)", re.DOTALL)
 
@@ -48,6 +49,11 @@ def think_format(prompts: list, completions: list[str], **columns) -> list[float
         return bool(match and match["think"].strip() and match["answer"].strip())
 
     return [float(formed(completion)) for completion in completions]
+
+
+def coin_flip(prompts: list, completions: list[str], **columns) -> list[float]:
+    """1 or 0 by a completion's checksum: a reward that differs within a group where the weights are random."""
+    return [float(zlib.crc32(completion.encode()) & 1) for completion in completions]
 
 
 def soft_overlong(lengths: list[int], *, max_length: int, cache: int) -> list[float]:

@@ -29,9 +29,15 @@ class Loaded(NamedTuple):
 
 
 def from_preset(name: str, *, words: list[str], seed: int, dtype: torch.dtype = torch.float32) -> Loaded:
-    """A freshly initialised model. Only the toy has a tokenizer of its own; `r1v2-38b` needs a checkpoint's folder."""
-    if name == "r1v2-38b":
-        raise ValueError("preset r1v2-38b has no weights or tokenizer of its own: give model.path, a local folder")
+    """The freshly initialised toy, the one preset with a tokenizer of its own.
+
+    raises  ValueError on an unknown name, and with the command to use on an architecture without weights
+    """
+    if name in presets.ARCHITECTURES:
+        raise ValueError(
+            f"preset {name} is an architecture without weights: r1v2-fast train RECIPE model.preset=null "
+            "model.path=FOLDER reads a local folder's, r1v2-fast train RECIPE --dummy-weights makes random ones up"
+        )
     if name != "digits":
         raise ValueError(f"model.preset must be one of {presets.NAMES}, got {name!r}")
     tokenizer = toy_tokenizer.build(words)

@@ -6,6 +6,9 @@ gradients are summed as without sharding. Every forward of a sharded model is a 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -13,7 +16,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from r1v2_fast.models import freeze, lora
 from r1v2_fast.models.policy import Backbone, Policy
+from r1v2_fast.models.reward_model import RewardModel
 from r1v2_fast.parallel.world import World
+
+T = TypeVar("T")
 
 
 def shard(model: Backbone, world: World) -> None:
@@ -38,6 +44,21 @@ def shard(model: Backbone, world: World) -> None:
     now = dict(model.root.named_parameters())  # a shard is a parameter of its own
     model.parameters = {name: now.get(name, parameter) for name, parameter in model.parameters.items()}
     model.joins = True
+
+
+def joined(
+    model: Backbone, parts: list[T], nothing: Any, world: World, backward: Callable[[torch.Tensor], None]
+) -> Iterator[T]:
+    """`parts`, for a forward of `model` each, then forwards and backwards of the batch `nothing` up to the most of any rank.
+
+    Their gradients are 0, but a rank without an image, or without a sample, joins every collective.
+    """
+    missing = world.most(len(parts)) - len(parts)
+    yield from parts
+    for _ in range(missing):
+        assert isinstance(model, (Policy, RewardModel))
+        scores = model.response_logprobs(nothing).logprobs if isinstance(model, Policy) else model.scores(nothing)
+        backward(0.0 * scores.sum())
 
 
 def _shard_layers(stack: nn.Module, layers: nn.ModuleList, world: World) -> None:

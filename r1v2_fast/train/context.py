@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 
 from r1v2_fast.config import Recipe
-from r1v2_fast.data import digits
+from r1v2_fast.data import digits, synthetic
 from r1v2_fast.data.collate import Batch, PromptEncoder, Sequence, collate
 from r1v2_fast.data.images import ImageStore
 from r1v2_fast.data.records import Dataset, Record
 from r1v2_fast.log import Log
-from r1v2_fast.models import attention, load
+from r1v2_fast.models import attention, dummy, load
 from r1v2_fast.models.feature_cache import FeatureCache
 from r1v2_fast.models.packing import PackedBatch, pack
 from r1v2_fast.models.policy import Backbone, Policy
@@ -119,6 +119,9 @@ class Context:
         if recipe.data.make == "digits":
             data_folder = folder / data_folder
             world.once(lambda: digits.write(data_folder, seed=recipe.run.seed, sizes=recipe.data.sizes))
+        elif recipe.data.make == "synthetic":
+            data_folder, files = folder / data_folder, recipe.files()
+            world.once(lambda: synthetic.write(data_folder, files, seed=recipe.run.seed, sizes=recipe.data.sizes))
         self.corpus = Corpus(data_folder, root=recipe.data.root, allow_outside=recipe.data.allow_outside)
         self.best = Best(folder, recipe.checkpoint, world)
         self.policy: Policy
@@ -158,19 +161,12 @@ class Context:
     def joined(
         self, model: Backbone, parts: list[T], backward: Callable[[torch.Tensor], None] = lambda loss: None
     ) -> Iterator[T]:
-        """`parts`, for a forward of `model` each.
-
-        Where it is sharded a forward is a collective: as many more as another rank makes follow, of nothing, with
-        gradients of 0.
-        """
-        missing = self.world.most(len(parts)) - len(parts) if self.sharded else 0
-        yield from parts
+        """`parts`, for a forward of `model` each; sharded, as many more of nothing as another rank makes."""
+        if not self.sharded:
+            return iter(parts)
         end = self.policy.tokenizer.eos_token_id
-        for _ in range(missing):
-            batch = self.reader.batch([Sequence([end], [end], [])], self.device)
-            scores = model.scores if isinstance(model, RewardModel) else self.policy.response_logprobs
-            output = scores(batch)
-            backward(0.0 * (output if isinstance(output, torch.Tensor) else output.logprobs).sum())
+        batch = self.reader.batch([Sequence([end], [end], [])], self.device)
+        return sharding.joined(model, parts, batch, self.world, backward)
 
     def close(self) -> None:
         if hasattr(self, "engine"):
@@ -205,6 +201,9 @@ class Context:
         if model.path is not None:
             return load.from_folder(model.path, dtype=dtype)
         assert model.preset is not None
+        if model.dummy_weights:
+            changes, seed = model.architecture, self.recipe.run.seed
+            return dummy.build(model.preset, changes, seed=seed, dtype=dtype, device=self.device)
         return load.from_preset(model.preset, words=digits.WORDS, seed=self.recipe.run.seed, dtype=dtype)
 
     def seed(self, what: str, step: int) -> int:

@@ -14,6 +14,7 @@ from r1v2_fast.config import RewardTerm, Sampling
 from r1v2_fast.data.collate import Sequence
 from r1v2_fast.data.records import Dataset, Record, draw
 from r1v2_fast.judge.panel import Panel
+from r1v2_fast.judge.summary import reward_metrics
 from r1v2_fast.rollout.engine import Prompt, Response
 from r1v2_fast.train.batching import Single, micro_batches
 from r1v2_fast.train.context import Context
@@ -74,6 +75,11 @@ class Experience:
             self.finished_N[rows],
             self.rewards_NR[rows],
             self.names,
+        )
+
+    def metrics(self, weights: torch.Tensor) -> dict[str, float]:
+        return reward_metrics(
+            self.rewards_NR, self.names, weights, self.group_size, lengths_N=self.lengths_N, finished_N=self.finished_N
         )
 
     def component(self, name: str) -> torch.Tensor:
@@ -149,43 +155,3 @@ def joined(rounds: list[Experience]) -> Experience:
         torch.cat([e.rewards_NR for e in rounds]),
         first.names,
     )
-
-
-def pairs_by_gap(totals_N: torch.Tensor, group_size: int, *, min_gap: float, max_pairs: int) -> list[tuple[int, int]]:
-    """(chosen, rejected) of each group with a reward gap above `min_gap`, the widest gaps first."""
-    pairs = []
-    for start in range(0, len(totals_N), group_size):
-        values = totals_N[start : start + group_size].tolist()
-        gaps = [
-            (values[i] - values[j], start + i, start + j)
-            for i in range(group_size)
-            for j in range(group_size)
-            if values[i] - values[j] > min_gap
-        ]
-        gaps.sort(key=lambda gap: -gap[0])
-        pairs += [(chosen, rejected) for _, chosen, rejected in gaps[:max_pairs]]
-    return pairs
-
-
-def reward_metrics(experience: Experience, weights: torch.Tensor, max_new_tokens: int) -> dict[str, float]:
-    """TRL's names: reward, reward_std, rewards/<name>/mean|std, completions/*."""
-    totals = (experience.rewards_NR.nan_to_num() * weights).sum(1)
-    scored = experience.rewards_NR.isfinite().any(1)
-    groups = totals.view(-1, experience.group_size)
-    metrics = {"reward": totals[scored].mean().item(), "reward_std": groups.std(1).mean().item()}
-    metrics["frac_reward_zero_std"] = ((groups.amax(1) - groups.amin(1)) == 0).float().mean().item()
-    for index, name in enumerate(experience.names):
-        values = experience.rewards_NR[:, index]
-        values = values[values.isfinite()]
-        metrics[f"rewards/{name}/mean"] = values.mean().item()
-        metrics[f"rewards/{name}/std"] = values.std().item()
-        if len(values) < len(experience.rewards_NR):
-            metrics[f"rewards/{name}/unscored"] = 1 - len(values) / len(experience.rewards_NR)
-    lengths, finished = experience.lengths_N.float(), experience.finished_N
-    metrics["completions/mean_length"] = lengths.mean().item()
-    metrics["completions/min_length"] = lengths.min().item()
-    metrics["completions/max_length"] = lengths.max().item()
-    metrics["completions/clipped_ratio"] = 1 - finished.float().mean().item()
-    if finished.any():
-        metrics["completions/mean_terminated_length"] = lengths[finished].mean().item()
-    return metrics

@@ -32,6 +32,7 @@ from r1v2_fast.train.stages.base import Stage
 from r1v2_fast.train.stages.grpo import GRPOStage
 from r1v2_fast.train.stages.mpo import MPOStage
 from r1v2_fast.train.stages.reward import RewardStage
+from r1v2_fast.train.stand_in import stand_in
 
 STAGES: dict[str, Callable[[Context, Any], Stage]] = {
     stage.name: stage for stage in (AlignStage, RewardStage, MPOStage, GRPOStage)
@@ -54,6 +55,7 @@ def _train(recipe: Recipe, world: World, resume: bool, log: Log | None) -> Path:
         torch.set_num_threads(recipe.run.threads)
     torch.zeros(1).exp_()  # PyTorch 2.13's first exp on several threads may err by 1e-4; one thread's does not
     log = log or (Log(folder) if world.first else Silent(folder))
+    recipe = stand_in(recipe, log.say)
     world.once(lambda: claim(folder, recipe, resume=resume, say=log.say))
     if world.first:
         log.loggers = open_loggers(

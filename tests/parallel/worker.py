@@ -9,9 +9,11 @@ import os
 import sys
 
 import torch
+from transformers.utils import logging
 
 from r1v2_fast import config
 from r1v2_fast.models import load
+from r1v2_fast.models.reward_model import RewardModel
 from r1v2_fast.stop import Stopped
 from r1v2_fast.testing.double import to_double
 from r1v2_fast.train import run
@@ -23,6 +25,16 @@ def double(read):
         loaded = read(*arguments, dtype=torch.float64, **options)
         to_double(loaded.model)
         return loaded
+
+    return read_double
+
+
+def double_reward_model(read):
+    def read_double(*arguments, **options):
+        model = read(*arguments, **options)
+        to_double(model.internvl)
+        model.head.double()
+        return model
 
     return read_double
 
@@ -44,14 +56,16 @@ def main() -> int:
     parser.add_argument("--kill", nargs=4)
     parser.add_argument("overrides", nargs="*")
     given = parser.parse_args()
+    logging.disable_progress_bar()
     load.from_preset, load.from_folder = double(load.from_preset), double(load.from_folder)
+    RewardModel.load = double_reward_model(RewardModel.load)
     if given.kill:
         signum, stage, step, rank = given.kill
         signalled(int(signum), stage, int(step), int(rank))
     try:
         run.train(config.load("digits", given.overrides), resume=given.resume)
     except Stopped as stopped:
-        print(stopped, file=sys.stderr)
+        sys.stderr.write(f"{stopped}\n")
         return stopped.status
     return 0
 

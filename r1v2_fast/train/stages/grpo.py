@@ -18,7 +18,7 @@ from r1v2_fast.ops.policy_loss import KINDS, over_sequences
 from r1v2_fast.parallel.stored import Stored
 from r1v2_fast.train.batching import by_prompt
 from r1v2_fast.train.context import Context
-from r1v2_fast.train.experience import Experience, collect, joined, panel, reward_metrics
+from r1v2_fast.train.experience import Experience, collect, joined, panel
 from r1v2_fast.train.stages.base import Metrics, Stage
 
 
@@ -102,10 +102,12 @@ class GRPOStage(Stage[Sample]):
         count = sampling.prompts * sampling.group_size
         if self.buffer is not None and (not self.skip_zero or self.config.average_over == "all"):
             count *= 2  # replayed responses stand beside fresh ones without an advantage
+        # samples drawn singly may each bring a prompt of their own
+        shared = 1 if self.buffer is not None and self.buffer.granularity == "sample" else sampling.group_size
         zeros = torch.zeros(sampling.max_new_tokens)
         return [
             Sample(sequence, 1.0, zeros, ref_logprobs=zeros if self.config.loss.kl_coef else None)
-            for sequence in self.largest_sequences(sampling, sampling.group_size, -(-count // self.config.mini_batches))
+            for sequence in self.largest_sequences(sampling, shared, -(-count // self.config.mini_batches))
         ]
 
     def weights(self, samples: list[Sample]) -> dict[str, float]:
@@ -217,7 +219,7 @@ class GRPOStage(Stage[Sample]):
             found = groups.informative.nonzero().flatten().tolist()
             if dynamic is None or len(found) >= sampling.prompts or len(rounds) == dynamic.max_rounds:
                 break
-        metrics.update(reward_metrics(experience, self.judge.weights, sampling.max_new_tokens))
+        metrics.update(experience.metrics(self.judge.weights))
         metrics["frac_informative"] = groups.informative.float().mean()
         advantages, informative = groups.advantages.cpu(), groups.informative.cpu()
         if dynamic is None:

@@ -14,10 +14,11 @@ import torch
 from r1v2_fast import config, ops
 from r1v2_fast.data.collate import Sequence
 from r1v2_fast.data.records import draw
+from r1v2_fast.judge.summary import pairs_by_gap
 from r1v2_fast.parallel.stored import Stored
 from r1v2_fast.train.batching import tokens
 from r1v2_fast.train.context import Context
-from r1v2_fast.train.experience import collect, pairs_by_gap, panel, reward_metrics
+from r1v2_fast.train.experience import collect, panel
 from r1v2_fast.train.stages.base import Metrics, Stage
 
 
@@ -62,7 +63,7 @@ class MPOStage(Stage[Pair]):
             return [self._ready[index] for index in self._drawn(step)]
         assert self.config.sampling is not None
         experience = collect(self.context, self.judge, self.dataset, self.config.sampling, stage=self.name, round=step)
-        metrics.update(reward_metrics(experience, self.judge.weights, self.config.sampling.max_new_tokens))
+        metrics.update(experience.metrics(self.judge.weights))
         totals = (experience.rewards_NR * self.judge.weights).sum(1)  # NaN, unscored, is in no pair
         found = pairs_by_gap(
             totals, experience.group_size, min_gap=self.config.min_reward_gap, max_pairs=self.config.max_pairs

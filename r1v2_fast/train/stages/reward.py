@@ -12,9 +12,10 @@ import torch.nn.functional as F
 
 from r1v2_fast import config
 from r1v2_fast.data.collate import Sequence
+from r1v2_fast.judge.summary import pairs_by_gap
 from r1v2_fast.models.reward_model import RewardModel
 from r1v2_fast.train.context import Context
-from r1v2_fast.train.experience import collect, pairs_by_gap, panel, reward_metrics
+from r1v2_fast.train.experience import collect, panel
 from r1v2_fast.train.stages.base import Metrics, Stage
 
 
@@ -44,7 +45,7 @@ class RewardStage(Stage[Pair]):
 
     def collect(self, step: int, metrics: Metrics) -> list[Pair]:
         experience = collect(self.context, self.judge, self.dataset, self.config.sampling, stage=self.name, round=step)
-        metrics.update(reward_metrics(experience, self.judge.weights, self.config.sampling.max_new_tokens))
+        metrics.update(experience.metrics(self.judge.weights))
         totals = (experience.rewards_NR * self.judge.weights).sum(1)  # NaN, unscored, is in no pair
         pairs = pairs_by_gap(totals, experience.group_size, min_gap=0.0, max_pairs=self.config.max_pairs)
         metrics["pairs"] = len(pairs)
