@@ -13,13 +13,13 @@ from r1v2_fast.data.collate import Sequence
 from r1v2_fast.log import Log, read
 from r1v2_fast.models import freeze, load, lora
 from r1v2_fast.ops.policy_loss import KINDS
+from r1v2_fast.parallel.metrics import Mean
 from r1v2_fast.rollout.generation import LocalEngine
 from r1v2_fast.testing.double import to_double
 from r1v2_fast.train import batching, run
 from r1v2_fast.train.batching import tokens
 from r1v2_fast.train.context import Context
 from r1v2_fast.train.loop import _rehearse
-from r1v2_fast.train.metrics import Mean
 from r1v2_fast.train.optimizer import Optimizer, learning_rate
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "own_data"

@@ -13,12 +13,12 @@ import time
 
 import torch
 
+from r1v2_fast.parallel.metrics import Mean
 from r1v2_fast.stop import Stopped, StopRequest
 from r1v2_fast.train.batching import tokens
 from r1v2_fast.train.checkpoint import Checkpoints
 from r1v2_fast.train.context import Context
 from r1v2_fast.train.evaluate import evaluate_sets
-from r1v2_fast.train.metrics import Mean
 from r1v2_fast.train.optimizer import Optimizer, learning_rate
 from r1v2_fast.train.stages.base import Metrics, Stage
 

@@ -1,4 +1,4 @@
-"""Metrics of a step out of those of its micro-batches and optimizer steps."""
+"""Metrics of a step out of those of its micro-batches, optimizer steps and ranks."""
 
 from __future__ import annotations
 
