@@ -178,7 +178,7 @@ def gradient_difference(stage: GRPOStage, samples: list) -> float:
         stage.context.reader.packing = packing
         for parameter in stage.model.parameters.values():
             parameter.grad = None
-        stage.loss(samples, samples, {}).backward()
+        stage.loss(samples, stage.counts(samples), {}).backward()
         found.append(torch.cat([p.grad.flatten() for p in stage.model.parameters.values() if p.grad is not None]))
     for parameter in stage.model.parameters.values():
         parameter.grad = None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -20,26 +21,41 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
 
     raises  RuntimeError where the disk is full or read-only; what stood at `path` still stands
     """
-    from safetensors import SafetensorError  # its own wrapper of the system's errors
+    with replacing(path) as partial:
+        write(partial)
 
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A folder beside `path` to write into, as `write_folder` does."""
     partial, old = _beside(path, "partial"), _beside(path, "old")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        write(partial)
-        for file in (*partial.rglob("*"), partial):
-            _sync(file)
-    except BaseException as error:
+        with writing(path):
+            partial.mkdir(parents=True)
+            yield partial
+            for file in (*partial.rglob("*"), partial):
+                sync(file)
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, (OSError, SafetensorError)):
-            raise RuntimeError(f"cannot write {path}: {error}; make room and resume") from error
         raise
     recover(path)
     if path.is_dir():  # folders cannot be exchanged in one call
         os.replace(path, old)
     os.replace(partial, path)
-    _sync(path.parent)
+    sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the disk refuses inside becomes a RuntimeError that names `path` and says what to do."""
+    from safetensors import SafetensorError  # its own wrapper of the system's errors
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise RuntimeError(f"cannot write {path}: {error}; make room and resume") from error
 
 
 def recover(path: Path) -> None:
@@ -63,7 +79,7 @@ def _beside(path: Path, what: str) -> Path:
     return path.with_name(f"{path.name}.{what}")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

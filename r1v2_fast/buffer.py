@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,13 +20,18 @@ _MIX = 0x9E3779B97F4A7C15  # spreads (seed, step) over 63 bits
 class Unit:
     """What is drawn and evicted as one: a group, or a single sample."""
 
-    samples: list[dict[str, Any]]
+    samples: list[dict[str, Any] | None]  # None: another rank holds it
     advantages: torch.Tensor  # [len(samples)], as they were when fresh
     step: int
 
     @functools.cached_property
     def priority(self) -> float:
         return self.advantages.abs().mean().item()
+
+    @property
+    def here(self) -> bool:
+        """Whether this rank holds its samples: a unit is whole on one rank."""
+        return self.samples[0] is not None
 
 
 class SelectiveSampleBuffer:
@@ -36,7 +42,8 @@ class SelectiveSampleBuffer:
     max_staleness  units older than this many steps are never drawn; None draws any
     seed           draws are a pure function of (seed, step, contents)
     A sample is a dict whose values are tensors, numbers, strings or lists of those: its tokens, behaviour log-probs and
-    image keys, stored as they were when fresh.
+    image keys, stored as they were when fresh. Among several ranks each pushes every rank's advantages, and None for the
+    samples of others: so all draw and evict the same units, and each holds its own.
     """
 
     def __init__(
@@ -87,7 +94,9 @@ class SelectiveSampleBuffer:
         }
         return drawn
 
-    def push(self, samples: list[dict[str, Any]], advantages: torch.Tensor, offsets: torch.Tensor, step: int) -> None:
+    def push(
+        self, samples: Sequence[dict[str, Any] | None], advantages: torch.Tensor, offsets: torch.Tensor, step: int
+    ) -> None:
         """Store this step's informative units; group g is samples[offsets[g]:offsets[g + 1]].
 
         raises  ValueError where counts disagree, an advantage is not finite, or a sample holds what cannot be saved
@@ -101,14 +110,14 @@ class SelectiveSampleBuffer:
             index = int((~advantages.isfinite()).nonzero()[0])
             raise ValueError(f"advantages must be finite, got {advantages[index].item()} for sample {index}")
         for index, sample in enumerate(samples):
-            for name, value in sample.items():
+            for name, value in (sample or {}).items():
                 _check_value(value, f"sample {index}, field {name!r}")
         advantages = advantages.detach().cpu()
         edges = offsets.tolist() if self.granularity == "group" else range(len(samples) + 1)
         for start, end in itertools.pairwise(edges):
             own = advantages[start:end]
             if bool((own != 0).any()):
-                self._units.append(Unit(samples[start:end], own.clone(), step))
+                self._units.append(Unit(list(samples[start:end]), own.clone(), step))
 
     def stats(self) -> dict[str, float]:
         """Units held; share of the target that is informative without and with the last draw; that draw's staleness."""
@@ -122,13 +131,20 @@ class SelectiveSampleBuffer:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors under flat names, and "meta", a JSON value: ready for safetensors and JSON."""
+        """Tensors under flat names, and "meta", a JSON value: ready for safetensors and JSON.
+
+        Of a unit that another rank holds there is its step alone; `merged` puts the ranks' metas together.
+        """
         state: dict[str, Any] = {}
         units = []
         for u, unit in enumerate(self._units):
-            state[f"{u}/advantages"] = unit.advantages
-            samples = []
+            samples: list[dict[str, Any] | None] = []
+            if unit.here:
+                state[f"{u}/advantages"] = unit.advantages
             for s, sample in enumerate(unit.samples):
+                if sample is None:
+                    samples.append(None)
+                    continue
                 plain = {}
                 for name, value in sample.items():
                     if isinstance(value, torch.Tensor):
@@ -140,20 +156,26 @@ class SelectiveSampleBuffer:
         state["meta"] = {"units": units, "granularity": self.granularity, "last": self._last}
         return state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], holds: Callable[[int], bool] = lambda unit: True) -> None:
+        """All units, with the samples of those whose place `holds` says this rank is to hold; only they are read."""
         meta = state["meta"]
         if meta["granularity"] != self.granularity:
             raise ValueError(
                 f"the state holds units of a {meta['granularity']}, this buffer's are of a {self.granularity}"
             )
         self._units.clear()
-        tensors: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
-        for key, value in state.items():
+        keys: dict[int, list[str]] = {}
+        for key in state:
             if key.count("/") >= 2:
-                unit_index, sample_index, name = key.split("/", 2)
-                tensors.setdefault((int(unit_index), int(sample_index)), {})[name] = value
+                keys.setdefault(int(key.split("/", 1)[0]), []).append(key)
         for u, unit in enumerate(meta["units"]):
-            samples = [{**plain, **tensors.get((u, s), {})} for s, plain in enumerate(unit["samples"])]
+            samples: list[dict[str, Any] | None] = [None] * len(unit["samples"])
+            if holds(u):
+                held = [dict(plain) for plain in unit["samples"]]
+                for key in keys.get(u, ()):
+                    _, s, name = key.split("/", 2)
+                    held[int(s)][name] = state[key]
+                samples = list(held)
             advantages = state[f"{u}/advantages"]
             if not bool((advantages != 0).any() and advantages.isfinite().all()):
                 raise ValueError(
@@ -162,6 +184,14 @@ class SelectiveSampleBuffer:
                 )
             self._units.append(Unit(samples, advantages, unit["step"]))
         self._last = dict(meta["last"])
+
+
+def merged(metas: list[dict[str, Any]]) -> tuple[dict[str, Any], list[int]]:
+    """(the meta of the whole buffer out of every rank's, the rank that held each unit)."""
+    every = zip(*(meta["units"] for meta in metas), strict=True)
+    ranks = [next(r for r, unit in enumerate(units) if None not in unit["samples"]) for units in every]
+    units = [metas[rank]["units"][u] for u, rank in enumerate(ranks)]
+    return {**metas[0], "units": units}, ranks
 
 
 def _check_value(value: Any, where: str) -> None:

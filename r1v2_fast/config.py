@@ -397,6 +397,11 @@ class Run(Section):
     """cpu, cuda, cuda:1; auto takes a GPU where there is one."""
     threads: int | None = Field(None, gt=0)
     """CPU threads; None leaves PyTorch's choice."""
+    shard: Literal["none", "full"] = "none"
+    """Several ranks: each holds the whole model, which is fastest where it fits; or full: FSDP2 shards its layers."""
+    timeout: float = Field(600.0, gt=0)
+    """Several ranks: seconds that one waits for another before it takes it for lost and the run ends; longer than the
+    slowest rollout or reward call differs between ranks."""
     stages: list[Literal["align", "reward", "mpo", "grpo"]] = Field(min_length=1)
     loggers: list[Literal["tensorboard", "wandb", "trackio"]] = []
     """Beside metrics.jsonl; each is an extra of its own."""

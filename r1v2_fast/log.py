@@ -120,6 +120,26 @@ class Log:
             ) from error
 
 
+class Silent(Log):
+    """Of a rank that is not the first: it prints and writes nothing."""
+
+    def say(self, sentence: str, *, once: str | None = None) -> None:
+        pass
+
+    def start(self, stage: str, total: int, completed: int) -> None:
+        pass
+
+    def step(self, stage: str, step: int, metrics: dict[str, Any]) -> dict[str, float]:
+        return {}
+
+    def _keep(self, keep: Callable[[dict], bool]) -> None:
+        pass
+
+    @staticmethod
+    def _append(path: Path, line: dict) -> None:
+        pass
+
+
 def read(path: Path) -> list[dict]:
     """The lines of a log; a last line that a kill cut short is left out."""
     lines = []

@@ -22,7 +22,8 @@ from r1v2_fast.config import Recipe
 # what may change between starts: how and where it runs, not what it computes
 FREE = (
     "checkpoint.every", "checkpoint.keep", "samples_every",
-    "run.name", "run.folder", "data.folder", "run.device", "run.threads", "run.loggers", "data.root", "data.allow_outside",
+    "run.name", "run.folder", "data.folder", "run.device", "run.threads", "run.loggers", "run.timeout",
+    "run.shard", "data.root", "data.allow_outside",
     "*.micro_batch_tokens", "*.gradient_checkpointing", "model.packing", "model.attention", "model.feature_cache_*",
     "model.fused_layers",
     "rollout.max_rows", "rollout.prefill_tokens", "rollout.cuda_graphs", "rollout.url", "rollout.api_key_env", "rollout.model",

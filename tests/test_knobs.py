@@ -13,13 +13,13 @@ from r1v2_fast.data.collate import Sequence
 from r1v2_fast.log import Log, read
 from r1v2_fast.models import freeze, load, lora
 from r1v2_fast.ops.policy_loss import KINDS
+from r1v2_fast.parallel.metrics import Mean
 from r1v2_fast.rollout.generation import LocalEngine
 from r1v2_fast.testing.double import to_double
 from r1v2_fast.train import batching, run
 from r1v2_fast.train.batching import tokens
 from r1v2_fast.train.context import Context
 from r1v2_fast.train.loop import _rehearse
-from r1v2_fast.train.metrics import Mean
 from r1v2_fast.train.optimizer import Optimizer, learning_rate
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "own_data"
@@ -67,7 +67,7 @@ def gradient(stage, samples, budget):
     for parameter in stage.model.parameters.values():
         parameter.grad = None
     for part in parts:
-        stage.loss(part, samples, {}).backward()
+        stage.loss(part, stage.counts(samples), {}).backward()
     return torch.cat([p.grad.flatten() for p in stage.model.parameters.values()]), len(parts)
 
 
@@ -156,7 +156,7 @@ def test_the_metrics_of_mpo_do_not_depend_on_micro_batches(tmp_path, reward):
         mean = Mean(sums=("num_tokens", *stage.shares))
         for part in micro_batches(samples, budget):
             own = {}
-            stage.loss(part, samples, own)
+            stage.loss(part, stage.counts(samples), own)
             mean.add(own, weight=stage.weight(part))
         found.append({name: float(value) for name, value in mean.values().items()})
     assert found[1] == pytest.approx(found[0], rel=1e-4, abs=1e-6) and found[0]["mpo/preference"] > 0.1
@@ -180,7 +180,7 @@ def test_the_metrics_of_grpo_do_not_depend_on_micro_batches(more, tmp_path, rewa
         mean = Mean()
         for part in micro_batches(samples, budget):
             own = {}
-            stage.loss(part, samples, own)
+            stage.loss(part, stage.counts(samples), own)
             mean.add(own, weight=stage.weight(part), weights=stage.weights(part))
         found.append({name: float(value) for name, value in mean.values().items()})
     assert found[1] == pytest.approx(found[0], rel=1e-6, abs=1e-9) and "ratio/mean" in found[0]
@@ -315,7 +315,7 @@ def test_replayed_samples_keep_their_ratio_to_what_sampled_them(ratio, tmp_path,
     samples = stage.collect(1, {})
     assert samples and all(sample.replayed for sample in samples)
     metrics = {}
-    stage.loss(samples, samples, metrics)
+    stage.loss(samples, stage.counts(samples), metrics)
     if ratio == "stored":  # PPO's ratio to the behaviour; no weight
         assert metrics["ratio/mean"] != 1
         assert metrics["sampling/importance_sampling_ratio/max"] == 1
@@ -469,7 +469,7 @@ def test_merged_lora_answers_as_it_did_and_loads_without_peft(tmp_path, reward):
     optimizer = Optimizer(stage.model.parameters, stage.settings.optimizer, dtype=torch.float32)
     for step in range(60):
         samples = stage.collect(step, {})
-        optimizer.backward(stage.loss(samples, samples, {}))
+        optimizer.backward(stage.loss(samples, stage.counts(samples), {}))
         optimizer.step(0.005)
     from r1v2_fast.train.evaluate import evaluate
 

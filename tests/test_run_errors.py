@@ -15,9 +15,11 @@ from r1v2_fast import config
 from r1v2_fast.atomic import digest
 from r1v2_fast.cli import main
 from r1v2_fast.log import Log, read
+from r1v2_fast.parallel.stored import INDEX, file_of
 from r1v2_fast.stop import Stopped
 from r1v2_fast.train import run
-from r1v2_fast.train.checkpoint import META, TENSORS
+
+TENSORS = file_of(0)
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "own_data"
 REWARD = '''
@@ -200,9 +202,9 @@ def test_a_buffer_without_priorities_names_the_checkpoint_and_the_unit(place, mo
     names = [name for name in tensors if name.startswith("stage/buffer/") and name.endswith("/advantages")]
     assert names
     save_file({n: torch.zeros_like(t) if n in names else t for n, t in tensors.items()}, path / TENSORS)
-    state = json.loads((path / META).read_text())
-    state |= {"bytes": (path / TENSORS).stat().st_size, "blake2b": digest(path / TENSORS)}
-    (path / META).write_text(json.dumps(state))
+    state = json.loads((path / INDEX).read_text())
+    state["files"] = {TENSORS: {"bytes": (path / TENSORS).stat().st_size, "blake2b": digest(path / TENSORS)}}
+    (path / INDEX).write_text(json.dumps(state))
     with pytest.raises(ValueError, match=r"grpo-000003.*unit 0 of the buffer's state.*one of them not 0, got \[0.0"):
         run.train(recipe(place, "run"), resume=True)
     shutil.rmtree(path)

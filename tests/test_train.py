@@ -9,13 +9,13 @@ import yaml
 from transformers import AutoModelForImageTextToText, InternVLForConditionalGeneration
 
 from r1v2_fast import config
+from r1v2_fast.judge.summary import pairs_by_gap
 from r1v2_fast.log import Log, read
 from r1v2_fast.models import freeze, presets
 from r1v2_fast.report import write
 from r1v2_fast.train import run
 from r1v2_fast.train.checkpoint import Checkpoints
 from r1v2_fast.train.context import Context
-from r1v2_fast.train.experience import pairs_by_gap
 from r1v2_fast.train.optimizer import learning_rate
 
 TINY = [

@@ -13,7 +13,8 @@ from r1v2_fast.models import load
 from r1v2_fast.models.feature_cache import FeatureCache
 from r1v2_fast.models.policy import Policy
 from r1v2_fast.models.reward_model import HEAD_FILE
-from r1v2_fast.train.context import Corpus, Reader, pick_device
+from r1v2_fast.parallel.world import pick_device
+from r1v2_fast.train.context import Corpus, Reader
 
 
 def open_model(

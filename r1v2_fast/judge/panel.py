@@ -6,6 +6,7 @@ N completions, R reward components.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ class Panel:
     """Rules, the user's functions, the reward model (`model_scores`) and DAPO's over-length penalty.
 
     overlong  (max_length, cache) in tokens: a component more, see `rules.soft_overlong`
+    together  a context around each component's call: among several ranks, what one raises there all raise
     raises    ValueError where a term uses reward_model and there is none
     """
 
@@ -31,10 +33,12 @@ class Panel:
         *,
         model_scores: Callable[[list], torch.Tensor] | None = None,
         overlong: tuple[int, int] | None = None,
+        together: Callable[[], AbstractContextManager[None]] = nullcontext,
     ):
         self.terms = terms
         self.model_scores = model_scores
         self.overlong = overlong
+        self.together = together
         self.functions = {t.name: load_reward(t.function) for t in terms if t.function != REWARD_MODEL}
         if len(self.functions) < len(terms) and model_scores is None:
             raise ValueError("a reward uses reward_model, but no reward stage ran before this one")
@@ -56,18 +60,21 @@ class Panel:
             if term.function == REWARD_MODEL:
                 assert self.model_scores is not None
                 scores = self.model_scores(sequences).tolist()
-                value = torch.tensor(checked(term.name, scores, completions, where, on_nan=term.on_nan))
+                with self.together():
+                    scores = checked(term.name, scores, completions, where, on_nan=term.on_nan)
             else:
-                scores = score(
-                    term.name, self.functions[term.name], *arguments, time_limit=term.time_limit, on_nan=term.on_nan
-                )
-                value = torch.tensor(scores)
+                with self.together():
+                    scores = self._scores(term, *arguments) if completions else []
+            value = torch.tensor(scores)
             values.append(value.sigmoid() if term.squash == "sigmoid" else value)
         if self.overlong is not None:
             length, cache = self.overlong
             penalty = soft_overlong([len(s.response_ids) for s in sequences], max_length=length, cache=cache)
             values.append(torch.tensor(penalty))
         return torch.stack(values, 1)
+
+    def _scores(self, term: RewardTerm, *arguments: Any) -> list[float]:
+        return score(term.name, self.functions[term.name], *arguments, time_limit=term.time_limit, on_nan=term.on_nan)
 
 
 def arguments_of(records: list, completions: list[str]) -> tuple[list, list[str], dict[str, list[Any]]]:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 PARTS = ("adapter", "llm", "vision")
 
@@ -46,11 +47,20 @@ def snapshot(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
 
 @contextmanager
 def swapped(parameters: list[nn.Parameter], values: list[torch.Tensor]) -> Iterator[None]:
-    """Inside, `parameters` hold `values`; outside they hold their own again. Pointers move, nothing is copied."""
+    """Inside, `parameters` hold `values`; outside they hold their own again.
+
+    Pointers move, nothing is copied; but FSDP gathers from where a shard has always lain, so shards are.
+    """
 
     def swap() -> None:
         for index, parameter in enumerate(parameters):
-            parameter.data, values[index] = values[index], parameter.data
+            if isinstance(parameter, DTensor):
+                here, there = parameter.detach().to_local(), values[index].to_local()  # type: ignore[attr-defined]
+                held = here.clone()
+                here.copy_(there)
+                there.copy_(held)
+            else:
+                parameter.data, values[index] = values[index], parameter.data
 
     assert len(parameters) == len(values), f"{len(parameters)} parameters, {len(values)} values"
     swap()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -37,6 +38,7 @@ class Backbone:
         self.parameters: dict[str, nn.Parameter] = {}  # what trains
         self.checkpointing = False  # True recomputes each layer's activations in the backward
         self.vision_frozen = True  # then features are cached
+        self.joins = False  # layers are sharded: every forward is a collective, with or without an image
         self._initial: list[torch.Tensor] = []
         if attention.supported(internvl.language_model):
             attention.install(internvl.language_model)
@@ -57,7 +59,8 @@ class Backbone:
         lora.merge(self.root)
         for parameter in self.root.parameters():
             parameter.requires_grad_(False)
-            parameter.data = parameter.data.to(self.dtype)
+            if not self.joins:  # FSDP would not follow; what is saved has the dtype
+                parameter.data = parameter.data.to(self.dtype)
         if not self.vision_frozen:
             self.features.clear()
         self.parameters, self._initial, self.checkpointing, self.vision_frozen = {}, [], False, True
@@ -75,9 +78,24 @@ class Backbone:
     def reference_state(self) -> dict[str, torch.Tensor]:
         return {f"initial/{index}": value for index, value in enumerate(self._initial)}
 
-    def load_reference_state(self, tensors: dict[str, torch.Tensor]) -> None:
-        device = self.internvl.device
-        self._initial = [tensors[f"initial/{index}"].to(device) for index in range(len(self._initial))]
+    def load_reference_state(self, read: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
+        """`read` gives the tensor of a name, placed like another."""
+        self._initial = [read(f"initial/{index}", value) for index, value in enumerate(self._initial)]
+
+    def gathered(self, *, keep: bool = True) -> dict[str, torch.Tensor]:
+        """The whole weights as `settle` would leave them; where layers are sharded all ranks call it, and some `keep` none."""
+        state: dict[str, torch.Tensor] = {}
+        if not keep and not self.joins:
+            return state
+        for name, tensor in lora.merged_state(self.root).items():
+            whole = tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+            if keep:
+                state[name] = whole.to(self.dtype)
+        return state
+
+    def save(self, path: str | Path, state: dict[str, torch.Tensor] | None = None) -> None:
+        """What `settle` would leave, as a folder that loads; training can go on. `state` is what `gathered` gave."""
+        raise NotImplementedError
 
     def _in_full(self) -> list[nn.Parameter]:
         return [parameter for name, parameter in self.parameters.items() if lora.MARK not in name]
@@ -134,12 +152,20 @@ class Backbone:
         if (got := int(places.sum())) != expected:
             raise ValueError(f"the prompts hold {got} image tokens, their images make {expected}")
         if images is None:  # the adapter stays in the graph: a rank whose batch has no image still joins its gradient
-            if not torch.is_grad_enabled():
+            if not torch.is_grad_enabled() and not self.joins:
                 return embeddings
-            config = self.internvl.config
-            width = config.vision_config.hidden_size * round(1 / config.downsample_ratio) ** 2
-            return embeddings + 0.0 * self.internvl.multi_modal_projector(embeddings.new_zeros(1, width)).sum()
+            return embeddings + 0.0 * self.internvl.multi_modal_projector(self._nothing(embeddings)).sum()
         return embeddings.masked_scatter(places.unsqueeze(-1), images.to(embeddings.dtype))
+
+    def _nothing(self, like: torch.Tensor) -> torch.Tensor:
+        """Features of no image; a sharded tower that trains is gone through all the same."""
+        config = self.internvl.config
+        if self.joins and not self.vision_frozen:
+            side = config.vision_config.image_size
+            height, width = side if isinstance(side, (list, tuple)) else (side, side)
+            return vision.tower_features(self.internvl, like.new_zeros(1, 3, height, width))
+        width = config.vision_config.hidden_size * round(1 / config.downsample_ratio) ** 2
+        return like.new_zeros(1, width)
 
     def hidden(self, batch) -> torch.Tensor:
         """Last hidden states of a `data.collate.Batch` or `models.packing.PackedBatch`, flat: [B L, H]."""
@@ -170,10 +196,9 @@ class Policy(Backbone):
     def head(self) -> nn.Linear:
         return self.loaded.model.lm_head
 
-    def save(self, path: str | Path) -> None:
-        """What `settle` would leave, as a Hugging Face folder; training can go on."""
-        state = {name: tensor.to(self.dtype) for name, tensor in lora.merged_state(self.root).items()}
-        load.save_folder(path, self.loaded, state=state)
+    def save(self, path: str | Path, state: dict[str, torch.Tensor] | None = None) -> None:
+        """What `settle` would leave, as a Hugging Face folder; training can go on. `state` is what `gathered` gave."""
+        load.save_folder(path, self.loaded, state=self.gathered() if state is None else state)
 
     def response_logprobs(
         self, batch, *, temperature: float = 1.0, needs_grad=None, outputs=(), entropy_grad=False

@@ -59,8 +59,9 @@ class RewardModel(Backbone):
             scores = self.head(hidden[batch.last]).squeeze(-1)
         return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
-    def save(self, path: str | Path) -> None:
-        self.internvl.save_pretrained(path)
+    def save(self, path: str | Path, state: dict[str, torch.Tensor] | None = None) -> None:
+        """`state` is what `gathered` gave."""
+        self.internvl.save_pretrained(path, state_dict=self.gathered() if state is None else state)
         tensors = {name: getattr(self.head, part).detach().contiguous() for part, name in HEAD_NAMES.items()}
         save_file(tensors, str(Path(path) / HEAD_FILE), metadata={"source": json.dumps("r1v2_fast")})
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from r1v2_fast.config import Rollout
 from r1v2_fast.models.policy import Policy
 from r1v2_fast.rollout.engine import Engine
@@ -11,8 +13,8 @@ from r1v2_fast.rollout.vllm import VLLMEngine
 from r1v2_fast.rollout.weight_transfer import WeightTransfer
 
 
-def engine_of(settings: Rollout, policy: Policy) -> Engine:
-    """An engine that samples from `policy`.
+def engine_of(settings: Rollout, policy: Policy, agree: Callable[[bool], bool] | None = None) -> Engine:
+    """An engine that samples from `policy`; `agree` as `LocalEngine` takes it.
 
     raises  ValueError where the server's address or key is not as it must be; nothing is sent yet
     """
@@ -22,6 +24,7 @@ def engine_of(settings: Rollout, policy: Policy) -> Engine:
             max_rows=settings.max_rows,
             prefill_tokens=settings.prefill_tokens,
             cuda_graphs=settings.cuda_graphs,
+            agree=agree,
         )
     client = Client(
         settings.url,

@@ -54,6 +54,7 @@ class LocalEngine:
         self.max_rows = max_rows
         self.prefill_tokens = prefill_tokens
         self.cuda_graphs = cuda_graphs and agree is None  # collectives are not captured
+        self.alone = agree is None
         self.agree = agree or (lambda own: own)
 
     @torch.no_grad()
@@ -160,7 +161,7 @@ class _Run:
 
     def pick(self) -> None:
         """Every slot's next token; a response that has ended gives its slot back."""
-        if not self.running:
+        if not self.running and self.engine.alone:
             return
         assert self.hidden is not None
         idle = len(self.tokens)

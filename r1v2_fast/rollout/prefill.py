@@ -45,7 +45,7 @@ def prefill(policy: Policy, prompts: list[Prompt]) -> list[Prefilled]:
 def prefill_nothing(policy: Policy) -> list[Prefilled]:
     """A forward of one token, for a rank without a prompt of its own while another has some."""
     ids = torch.full((1, 1), policy.tokenizer.eos_token_id, device=policy.internvl.device)
-    return _forward(policy, policy.internvl.get_input_embeddings()(ids), [1])
+    return _forward(policy, policy.embed(ids, [[]]), [1])
 
 
 def _forward(policy: Policy, embeddings: torch.Tensor, lengths: list[int]) -> list[Prefilled]:

@@ -1,37 +1,43 @@
 """Checkpoints: safetensors and JSON, written beside and renamed, so that a half-written one is never chosen.
 
 What a step draws is a pure function of (seed, stage, step), so a checkpoint holds parameters, optimizer and the
-stage's own state (buffer, reward shift, reference, data position), and needs no random state.
+stage's own state (buffer, reward shift, reference, data position), and needs no random state. Its format is
+`parallel.stored`'s: any number of ranks can resume it.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
-from r1v2_fast.atomic import digest, write_folder
+from r1v2_fast.parallel import stored
+from r1v2_fast.parallel.world import ALONE, World
 from r1v2_fast.train.optimizer import Optimizer
 from r1v2_fast.train.stages.base import Stage
 
-TENSORS, META = "state.safetensors", "state.json"
 NAME = re.compile(r"[a-z]+-\d{6,}")
 
 
 class Checkpoints:
     """The newest `keep` checkpoints of the stage that is running; `say` tells what a reader of the terminal must know."""
 
-    def __init__(self, folder: Path, *, keep: int = 2, say: Callable[[str], None] = lambda sentence: None):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int = 2,
+        say: Callable[[str], None] = lambda sentence: None,
+        world: World = ALONE,
+    ):
         self.folder = folder
         self.keep = keep
         self.say = say
+        self.world = world
 
     def save(self, stage: Stage, optimizer: Optimizer, step: int) -> None:
         """After `step` steps of `stage`; older checkpoints go once this one stands.
@@ -43,16 +49,31 @@ class Checkpoints:
         tensors = {f"stage/{name}": tensor for name, tensor in own.items()}
         tensors |= {f"parameter/{name}": parameter.detach() for name, parameter in optimizer.parameters.items()}
         tensors |= {f"optimizer/{name}": tensor for name, tensor in optimizer_tensors.items()}
-        state = {"stage": stage.name, "step": step, "meta": meta, "optimizer": optimizer_meta}
+        metas = self.world.gather(meta)  # each rank's own: its buffer's units differ
+        state = {"stage": stage.name, "step": step, "meta": metas, "optimizer": optimizer_meta}
         target = self.folder / f"{stage.name}-{step:06d}"
         try:
-            write_folder(target, lambda folder: _write(folder, tensors, state))
+            stored.write(target, self.world, tensors, state)
         except RuntimeError as error:
-            size, whole = sum(tensor.nbytes for tensor in tensors.values()), self._found(stage)
-            intact = f"{whole[-1]} is intact" if whole else "there is no earlier one"
-            raise RuntimeError(f"{error}. The checkpoint takes {size / 1e6:.0f} MB; {intact}") from error
+            size = sum(tensor.nbytes for tensor in tensors.values())
+            raise RuntimeError(f"{error}. The checkpoint takes {size / 1e6:.0f} MB; {self.intact(stage)}") from error
+        self.world.once(lambda: self._clean(stage, target))
+
+    def intact(self, stage: Stage) -> str:
+        """A sentence's end on what a resume goes back to."""
+        whole = self._found(stage)
+        return f"{whole[-1]} is intact" if whole else "there is no earlier one"
+
+    def newest(self) -> str:
+        """A sentence's end on the last completed checkpoint of any stage."""
+        whole = [path for path in self.folder.glob("*") if NAME.fullmatch(path.name)]
+        if not whole:
+            return f"{self.folder} holds no checkpoint of a stage yet"
+        return f"the last completed checkpoint is {max(whole, key=lambda path: path.stat().st_mtime)}"
+
+    def _clean(self, stage: Stage, newest: Path) -> None:
         found = self._found(stage)
-        now = found.index(target) + 1
+        now = found.index(newest) + 1
         for other in (*found[:now][: -self.keep], *found[now:]):  # the old, and what another history left ahead
             shutil.rmtree(other)
 
@@ -61,14 +82,13 @@ class Checkpoints:
 
         raises  ValueError where it is another model's
         """
-        found = self._found(stage)
+        found = self.world.once(lambda: self._found(stage))
         while found:
             path = found.pop()
-            if (broken := _broken(path)) is None:
-                return _restore(path, stage, optimizer)
-            aside = path.with_suffix(".broken")
-            shutil.rmtree(aside, ignore_errors=True)
-            os.replace(path, aside)
+            if (broken := stored.broken(path, self.world)) is None:
+                with self.world.together():
+                    return _restore(path, stage, optimizer)
+            self.world.once(lambda path=path: _set_aside(path))  # type: ignore[misc]
             before = found[-1] if found else "the start of the stage"
             self.say(f"{path} is not whole ({broken}) and set aside; going back to {before}")
         return 0
@@ -84,34 +104,16 @@ class Checkpoints:
         return sorted(steps, key=steps.__getitem__)
 
 
-def _write(folder: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
-    # clones: safetensors refuses tensors that share memory, as the tied ones of a buffer's samples may
-    save_file({name: t.clone().contiguous().cpu() for name, t in tensors.items()}, str(folder / TENSORS))
-    whole = {**state, "bytes": (folder / TENSORS).stat().st_size, "blake2b": digest(folder / TENSORS)}
-    (folder / META).write_text(json.dumps(whole))
-
-
-def _broken(path: Path) -> str | None:
-    """Why a checkpoint cannot be used; None if it can."""
-    try:
-        state = json.loads((path / META).read_text())
-        got = (path / TENSORS).stat().st_size
-        if got != state["bytes"]:
-            return f"{TENSORS} has {got} bytes, {state['bytes']} were written"
-        if digest(path / TENSORS) != state["blake2b"]:
-            return f"{TENSORS} does not hold what was written"
-    except (OSError, ValueError, KeyError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
+def _set_aside(path: Path) -> None:
+    aside = path.with_suffix(".broken")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(path, aside)
 
 
 def _restore(path: Path, stage: Stage, optimizer: Optimizer) -> int:
-    state = json.loads((path / META).read_text())
-    parts: dict[str, dict[str, torch.Tensor]] = {"parameter": {}, "optimizer": {}, "stage": {}}
-    for key, tensor in load_file(str(path / TENSORS)).items():
-        part, name = key.split("/", 1)
-        parts[part][name] = tensor
-    saved = {name: tuple(tensor.shape) for name, tensor in parts["parameter"].items()}
+    state, tensors = stored.opened(path)
+    parameters = tensors.below("parameter/")
+    saved = {name: parameters.shape(name) for name in parameters}
     here = {name: tuple(parameter.shape) for name, parameter in optimizer.parameters.items()}
     for name in sorted(saved.keys() | here.keys()):
         if saved.get(name) != here.get(name):
@@ -121,10 +123,10 @@ def _restore(path: Path, stage: Stage, optimizer: Optimizer) -> int:
             )
     with torch.no_grad():
         for name, parameter in optimizer.parameters.items():
-            parameter.copy_(parts["parameter"][name])
-    optimizer.load_state(parts["optimizer"], state["optimizer"])
+            parameter.copy_(parameters.like(name, parameter))
+    optimizer.load_state(tensors.below("optimizer/"), state["optimizer"])
     try:
-        stage.load_state(parts["stage"], state["meta"])
+        stage.load_state(tensors.below("stage/"), state["meta"])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return state["step"]

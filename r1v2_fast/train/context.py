@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,9 +23,13 @@ from r1v2_fast.models.feature_cache import FeatureCache
 from r1v2_fast.models.packing import PackedBatch, pack
 from r1v2_fast.models.policy import Backbone, Policy
 from r1v2_fast.models.reward_model import RewardModel
+from r1v2_fast.parallel import sharding
+from r1v2_fast.parallel.world import ALONE, World, pick_device
 from r1v2_fast.rollout.choose import engine_of
 from r1v2_fast.rollout.engine import Engine, Prompt
 from r1v2_fast.train.best import Best
+
+T = TypeVar("T")
 
 
 class Corpus:
@@ -103,20 +109,21 @@ class Reader:
 class Context:
     """One run."""
 
-    def __init__(self, recipe: Recipe, folder: Path, log: Log):
+    def __init__(self, recipe: Recipe, folder: Path, log: Log, world: World = ALONE):
         self.recipe = recipe
         self.folder = folder
         self.log = log
-        self.device = pick_device(recipe.run.device)
+        self.world = world
+        self.device = world.device if world.size > 1 else pick_device(recipe.run.device)
         data_folder = Path(recipe.data.folder)
         if recipe.data.make == "digits":
             data_folder = folder / data_folder
-            digits.write(data_folder, seed=recipe.run.seed, sizes=recipe.data.sizes)
+            world.once(lambda: digits.write(data_folder, seed=recipe.run.seed, sizes=recipe.data.sizes))
         elif recipe.data.make == "synthetic":
-            data_folder = folder / data_folder
-            synthetic.write(data_folder, recipe.files(), seed=recipe.run.seed, sizes=recipe.data.sizes)
+            data_folder, files = folder / data_folder, recipe.files()
+            world.once(lambda: synthetic.write(data_folder, files, seed=recipe.run.seed, sizes=recipe.data.sizes))
         self.corpus = Corpus(data_folder, root=recipe.data.root, allow_outside=recipe.data.allow_outside)
-        self.best = Best(folder, recipe.checkpoint)
+        self.best = Best(folder, recipe.checkpoint, world)
         self.policy: Policy
         self.reader: Reader
         self.engine: Engine
@@ -124,7 +131,8 @@ class Context:
 
     def use(self, loaded: load.Loaded) -> None:
         """Make `loaded` the policy of what follows."""
-        loaded.model.to(self.device)
+        if not self.sharded:  # else it goes to the device shard by shard
+            loaded.model.to(self.device)
         loaded.image_processor.max_patches = self.recipe.data.max_tiles  # saved with every policy
         self.reader = Reader(self.corpus, loaded, max_tiles=self.recipe.data.max_tiles, packing=self._packing(loaded))
         model = self.recipe.model
@@ -135,7 +143,32 @@ class Context:
         if sentence := fused.install(self.policy.internvl.language_model, model.fused_layers):
             self.log.say(sentence, once="fused layers")
         self.close()
-        self.engine = engine_of(self.recipe.rollout, self.policy)
+        self.engine = engine_of(self.recipe.rollout, self.policy, self.world.any if self.sharded else None)
+
+    def open(self, folder: Path | None) -> None:
+        """Make a stage's product the policy, or the model that the recipe starts from."""
+        self.opened = folder
+        dtype = getattr(torch, self.recipe.model.dtype)
+        self.use(self.initial() if folder is None else load.from_folder(folder, dtype=dtype))
+
+    @property
+    def sharded(self) -> bool:
+        return self.world.size > 1 and self.recipe.run.shard == "full"
+
+    def shard(self, model: Backbone) -> None:
+        """Once it is known what of `model` trains, where the recipe says so."""
+        if self.sharded and not model.joins:
+            sharding.shard(model, self.world)
+
+    def joined(
+        self, model: Backbone, parts: list[T], backward: Callable[[torch.Tensor], None] = lambda loss: None
+    ) -> Iterator[T]:
+        """`parts`, for a forward of `model` each; sharded, as many more of nothing as another rank makes."""
+        if not self.sharded:
+            return iter(parts)
+        end = self.policy.tokenizer.eos_token_id
+        batch = self.reader.batch([Sequence([end], [end], [])], self.device)
+        return sharding.joined(model, parts, batch, self.world, backward)
 
     def close(self) -> None:
         if hasattr(self, "engine"):
@@ -144,6 +177,7 @@ class Context:
     def score_with(self, model: RewardModel) -> None:
         """Make `model` the run's reward model."""
         self._attend(model)
+        self.shard(model)
         self.reward_model = model
 
     def _attend(self, model: Backbone) -> None:
@@ -178,8 +212,8 @@ class Context:
         return seed_of(self.recipe.run.seed, what, step)
 
     def seed_globals(self, stage: str, step: int) -> None:
-        """For what draws from the global generators, such as a reward of the user's."""
-        seed = self.seed(f"{stage}/globals", step)
+        """For what draws from the global generators, such as a reward of the user's; each rank's are its own."""
+        seed = self.seed(f"{stage}/globals" + (f" {self.world.rank}" if self.world.rank else ""), step)
         random.seed(seed)
         np.random.seed(seed & 0xFFFFFFFF)
         torch.manual_seed(seed)
@@ -189,12 +223,3 @@ def seed_of(seed: int, what: str, step: int) -> int:
     """63 bits for one use in one step, a pure function of the seed: a resume restores no random state."""
     key = f"{seed}/{what}/{step}".encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
-
-
-def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(f"run.device={name} needs a CUDA device and driver, none found; run.device=cpu works")
-    return device

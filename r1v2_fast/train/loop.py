@@ -13,12 +13,12 @@ import time
 
 import torch
 
+from r1v2_fast.parallel.metrics import Mean
 from r1v2_fast.stop import Stopped, StopRequest
 from r1v2_fast.train.batching import tokens
 from r1v2_fast.train.checkpoint import Checkpoints
 from r1v2_fast.train.context import Context
 from r1v2_fast.train.evaluate import evaluate_sets
-from r1v2_fast.train.metrics import Mean
 from r1v2_fast.train.optimizer import Optimizer, learning_rate
 from r1v2_fast.train.stages.base import Metrics, Stage
 
@@ -28,9 +28,9 @@ def run_stage(context: Context, stage: Stage, stop: StopRequest, *, later: list[
 
     raises  Stopped at a signal, with the step checkpointed
     """
-    recipe, log = context.recipe, context.log
-    optimizer = Optimizer(stage.model.parameters, stage.settings.optimizer, dtype=stage.model.dtype)
-    checkpoints = Checkpoints(context.folder / "checkpoints", keep=recipe.checkpoint.keep, say=log.say)
+    recipe, log, world = context.recipe, context.log, context.world
+    optimizer = Optimizer(stage.model.parameters, stage.settings.optimizer, dtype=stage.model.dtype, world=world)
+    checkpoints = Checkpoints(context.folder / "checkpoints", keep=recipe.checkpoint.keep, say=log.say, world=world)
     stage.prepare()
     done = checkpoints.load(stage, optimizer)
     log.rewind(stage.name, done, later, steps=stage.steps)
@@ -44,7 +44,7 @@ def run_stage(context: Context, stage: Stage, stop: StopRequest, *, later: list[
             started = time.perf_counter()
             context.seed_globals(stage.name, step)
             samples = stage.collect(step, metrics)
-            if samples:
+            if world.any(bool(samples)):
                 idle = 0
                 _learn(stage, samples, optimizer, step, metrics)
             else:
@@ -56,10 +56,11 @@ def run_stage(context: Context, stage: Stage, stop: StopRequest, *, later: list[
             if stage.trains_policy and after % recipe.evaluation.every == 0 and after < stage.steps:
                 metrics = evaluate_sets(context, stage.name, after, recipe.evaluation.records)
                 context.best.offer(context.policy, stage.name, after, metrics)
-            if after % recipe.checkpoint.every == 0 or after == stage.steps or stop.signum:
+            signum = world.most(stop.signum)  # of whichever rank was told
+            if after % recipe.checkpoint.every == 0 or after == stage.steps or signum:
                 checkpoints.save(stage, optimizer, after)
-            if stop.signum:
-                raise Stopped(f"stopped after step {after} of {stage.name}, checkpointed", stop.signum)
+            if signum:
+                raise Stopped(f"stopped after step {after} of {stage.name}, checkpointed", signum)
     finally:
         log.stop()
 
@@ -67,14 +68,16 @@ def run_stage(context: Context, stage: Stage, stop: StopRequest, *, later: list[
 def _learn(stage: Stage, samples: list, optimizer: Optimizer, step: int, metrics: Metrics) -> None:
     """The optimizer steps of one step's samples."""
     rate = learning_rate(stage.settings.optimizer, step, stage.steps)
-    mean = Mean(sums=("num_tokens", *stage.shares))
+    world = stage.context.world
+    parts, mean = Mean(sums=("num_tokens", *stage.shares)), Mean(sums=())
     updates = 0
     for mini_batch in stage.mini_batches(samples, step):
-        loss = torch.zeros((), device=stage.context.device)
-        for part in stage.micro_batches(mini_batch):
+        loss = torch.zeros((), dtype=torch.promote_types(stage.model.dtype, torch.float32), device=stage.context.device)
+        whole = world.sums(stage.counts(mini_batch))
+        for part in stage.context.joined(stage.model, stage.micro_batches(mini_batch), optimizer.backward):
             own: Metrics = {}
-            loss += _add_gradient(stage, part, mini_batch, optimizer, own)
-            mean.add(own, weight=stage.weight(part), weights=stage.weights(part))
+            loss += _add_gradient(stage, part, whole, optimizer, own)
+            parts.add(own, weight=stage.weight(part), weights=stage.weights(part))
         norm = optimizer.step(rate)
         if optimizer.lost(norm):
             raise RuntimeError(
@@ -90,20 +93,24 @@ def _learn(stage: Stage, samples: list, optimizer: Optimizer, step: int, metrics
             stage.after_update()
         else:  # fp16 overflowed: the loss scale goes down, and nothing was updated
             stage.forget_update()
-        mean.add({"loss": loss, "grad_norm": norm})
+        mean.add({"loss": world.total(loss), "grad_norm": norm})
         updates += 1
-    metrics.update({**mean.values(), "learning_rate": rate, "updates": updates})
+    metrics.update({**parts.gathered(world).values(), **mean.values(), "learning_rate": rate, "updates": updates})
 
 
 def _rehearse(stage: Stage, optimizer: Optimizer) -> None:
     """The largest forward and backward that the stage is expected to meet, thrown away: memory runs out now, not later."""
     largest = stage.largest()
-    _add_gradient(stage, stage.micro_batches(largest)[0], largest, optimizer, {})
+    largest = largest[: -(-len(largest) // stage.context.world.size)]
+    for part in stage.context.joined(stage.model, stage.micro_batches(largest)[:1], optimizer.backward):
+        _add_gradient(stage, part, stage.counts(largest), optimizer, {})
     optimizer.adamw.zero_grad(set_to_none=True)
     stage.forget_update()
 
 
-def _add_gradient(stage: Stage, part: list, whole: list, optimizer: Optimizer, metrics: Metrics) -> torch.Tensor:
+def _add_gradient(
+    stage: Stage, part: list, whole: dict[str, float], optimizer: Optimizer, metrics: Metrics
+) -> torch.Tensor:
     """The gradient of the part's share in the loss joins what has come before; returns the share."""
     try:
         share = stage.loss(part, whole, metrics)

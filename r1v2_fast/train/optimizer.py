@@ -6,19 +6,37 @@ import math
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from r1v2_fast import config
+from r1v2_fast.parallel.gradients import clip, sum_gradients
+from r1v2_fast.parallel.stored import Stored
+from r1v2_fast.parallel.world import ALONE, World
 
 
 class Optimizer:
     """Steps `parameters`, held in fp32."""
 
-    def __init__(self, parameters: dict[str, nn.Parameter], settings: config.Optimizer, *, dtype: torch.dtype):
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        settings: config.Optimizer,
+        *,
+        dtype: torch.dtype,
+        world: World = ALONE,
+    ):
+        self.world = world
         self.parameters = parameters
         self.settings = settings
         values = list(parameters.values())
+        sharded = [value for value in values if isinstance(value, DTensor)]  # foreach takes no mixture
+        groups = [[value for value in values if not isinstance(value, DTensor)], sharded]
         self.adamw = torch.optim.AdamW(
-            values, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, foreach=True
+            [{"params": group} for group in groups if group],
+            lr=settings.lr,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            foreach=True,
         )
         self.scaler = torch.amp.GradScaler(values[0].device.type, enabled=dtype == torch.float16)
 
@@ -28,15 +46,17 @@ class Optimizer:
             self.scaler.scale(loss).backward()
 
     def step(self, rate: float) -> torch.Tensor:
-        """Clip, step at `rate` and forget the gradient; returns the gradient's norm before clipping.
+        """Sum the ranks' gradients, clip, step at `rate` and forget them; returns the gradient's norm before clipping.
 
         A gradient that is not finite changes nothing: for the caller to stop at, or in fp16 for the scale to shrink.
         """
+        if self.world.size > 1:
+            sum_gradients(self.parameters.values())
         if all(parameter.grad is None for parameter in self.parameters.values()):
             return torch.zeros(())
         self.scaler.unscale_(self.adamw)
         largest = math.inf if self.settings.max_grad_norm is None else self.settings.max_grad_norm
-        norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), largest)
+        norm = clip(list(self.parameters.values()), largest)
         for group in self.adamw.param_groups:
             group["lr"] = rate
         if self.scaler.is_enabled() or bool(norm.isfinite()):
@@ -58,11 +78,11 @@ class Optimizer:
         }
         return tensors, self.scaler.state_dict()
 
-    def load_state(self, tensors: dict[str, torch.Tensor], meta: dict) -> None:
-        for key, tensor in tensors.items():
+    def load_state(self, tensors: Stored, meta: dict) -> None:
+        for key in tensors:
             field, name = key.split("/", 1)
             parameter = self.parameters[name]
-            self.adamw.state[parameter][field] = tensor if field == "step" else tensor.to(parameter.device)
+            self.adamw.state[parameter][field] = tensors[key] if field == "step" else tensors.like(key, parameter)
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(meta)
 

@@ -14,14 +14,17 @@ from r1v2_fast.atomic import write_folder
 from r1v2_fast.config import Recipe
 from r1v2_fast.judge.panel import REWARD_MODEL
 from r1v2_fast.judge.reward import COMPARE, load_reward
-from r1v2_fast.log import Log
+from r1v2_fast.log import Log, Silent
 from r1v2_fast.loggers import open_loggers
-from r1v2_fast.models import load, lora
+from r1v2_fast.models import lora
+from r1v2_fast.models.policy import Backbone
 from r1v2_fast.models.reward_model import RewardModel
+from r1v2_fast.parallel.failure import named
+from r1v2_fast.parallel.world import World, opened
 from r1v2_fast.run_folder import claim, note_inputs
 from r1v2_fast.stop import Stopped, StopRequest
 from r1v2_fast.train.checkpoint import Checkpoints
-from r1v2_fast.train.context import Context, pick_device
+from r1v2_fast.train.context import Context
 from r1v2_fast.train.evaluate import evaluate_sets
 from r1v2_fast.train.loop import run_stage
 from r1v2_fast.train.stages.align import AlignStage
@@ -41,22 +44,29 @@ def train(recipe: Recipe, *, resume: bool = False, log: Log | None = None) -> Pa
 
     raises  ValueError where the folder holds a run and resume is False, or another recipe's run; Stopped at a signal
     """
+    checkpoints = Checkpoints(Path(recipe.run.folder) / "checkpoints")
+    with opened(recipe.run.device, timeout=recipe.run.timeout) as world, named(world, checkpoints.newest):
+        return _train(recipe, world, resume, log)
+
+
+def _train(recipe: Recipe, world: World, resume: bool, log: Log | None) -> Path:
     folder = Path(recipe.run.folder)
     if recipe.run.threads is not None:
         torch.set_num_threads(recipe.run.threads)
     torch.zeros(1).exp_()  # PyTorch 2.13's first exp on several threads may err by 1e-4; one thread's does not
-    log = log or Log(folder)
+    log = log or (Log(folder) if world.first else Silent(folder))
     recipe = stand_in(recipe, log.say)
-    claim(folder, recipe, resume=resume, say=log.say)
-    log.loggers = open_loggers(
-        list(recipe.run.loggers), project="r1v2_fast", run=recipe.run.name, folder=folder,
-        config=recipe.model_dump(mode="json"), resume=resume, warn=log.say,
-    )  # fmt: skip
+    world.once(lambda: claim(folder, recipe, resume=resume, say=log.say))
+    if world.first:
+        log.loggers = open_loggers(
+            list(recipe.run.loggers), project="r1v2_fast", run=recipe.run.name, folder=folder,
+            config=recipe.model_dump(mode="json"), resume=resume, warn=log.say,
+        )  # fmt: skip
     steps = [getattr(recipe, name).steps for name in recipe.run.stages]
     log.first_step = dict(zip(recipe.run.stages, itertools.accumulate(steps, initial=0), strict=False))
     try:
-        with StopRequest() as stop, _same_bits(pick_device(recipe.run.device)):
-            context = Context(recipe, folder, log)
+        with StopRequest() as stop, _same_bits(world.device):
+            context = Context(recipe, folder, log, world)
             try:
                 _check(context)
                 _stages(context, stop)
@@ -88,7 +98,7 @@ def _check(context: Context) -> None:
     raises  ValueError; RuntimeError where the engine's log-probs are not the policy's
     """
     recipe = context.recipe
-    context.use(context.initial())
+    context.open(None)
     files: list[Path] = []
     scored = [(context.corpus.dataset(file), recipe.evaluation.score) for file in recipe.evaluation.sets.values()]
     for section in (getattr(recipe, name) for name in recipe.run.stages):
@@ -103,29 +113,28 @@ def _check(context: Context) -> None:
             dataset.check_answers(spec)
     files += [dataset.path for dataset, _ in scored]
     files += [Path(spec.rpartition(":")[0]) for _, spec in scored if ".py:" in spec]
-    note_inputs(context.folder / "inputs.json", files, context.log.say)
+    context.world.once(lambda: note_inputs(context.folder / "inputs.json", files, context.log.say))
     context.engine.sync()
     dataset = context.corpus.dataset(next(iter(recipe.evaluation.sets.values())))
     context.engine.probe(context.reader.prompt(dataset, dataset[0]))
 
 
 def _stages(context: Context, stop: StopRequest) -> None:
-    recipe, folder, log = context.recipe, context.folder, context.log
+    recipe, folder, log, world = context.recipe, context.folder, context.log, context.world
     fresh = True
     for index, name in enumerate(recipe.run.stages):
         product = folder / "stages" / name
-        if product.is_dir():  # written whole by an earlier start
-            if name == "reward":
-                pixels, features = context.reader.pixels, context.policy.features.like()
-                context.score_with(RewardModel.load(product, pixels, features, device=context.device))
-            else:
-                context.use(load.from_folder(product, dtype=getattr(torch, recipe.model.dtype)))
+        if world.once(product.is_dir):  # written whole by an earlier start
+            _open(context, name, product)
             fresh = False
             continue
-        if fresh:
-            if name != "align" and not log.evaluated("start"):  # a model that can answer is measured before it changes
-                _report(context, "start", evaluate_sets(context, "start", 0, None))
-            fresh = False
+        # a model that can answer is measured before it changes
+        if fresh and name != "align" and not world.once(lambda: log.evaluated("start")):
+            context.shard(context.policy)
+            _report(context, "start", evaluate_sets(context, "start", 0, None))
+            if context.sharded:  # by what trains, from here on
+                context.open(context.opened)
+        fresh = False
         stage = STAGES[name](context, getattr(recipe, name))
         run_stage(context, stage, stop, later=list(recipe.run.stages[index + 1 :]))
         stage.model.settle()
@@ -135,12 +144,31 @@ def _stages(context: Context, stop: StopRequest) -> None:
             metrics = evaluate_sets(context, name, stage.steps, None)
             context.best.offer(context.policy, name, stage.steps, metrics)
             _report(context, name, metrics)
-        write_folder(product, stage.save)
+        _write(context, product, stage.model)
         if index + 1 < len(recipe.run.stages):
-            Checkpoints(folder / "checkpoints").clear()
-        if stop.signum:
-            raise Stopped(f"stopped after stage {name}", stop.signum)
-    write_folder(folder / "final", context.policy.save)
+            world.once(Checkpoints(folder / "checkpoints").clear)
+            if context.sharded:  # each stage shards by what it trains
+                _open(context, name, product)
+        if signum := world.most(stop.signum):
+            raise Stopped(f"stopped after stage {name}", signum)
+    _write(context, folder / "final", context.policy)
+
+
+def _open(context: Context, stage: str, product: Path) -> None:
+    """What `stage` made, for the stages behind it."""
+    if stage != "reward":
+        context.open(product)
+        return
+    device = torch.device("cpu") if context.sharded else context.device
+    pixels, features = context.reader.pixels, context.policy.features.like()
+    context.score_with(RewardModel.load(product, pixels, features, device=device))
+    if context.sharded and context.policy.joins:
+        context.open(context.opened)
+
+
+def _write(context: Context, folder: Path, model: Backbone) -> None:
+    state = model.gathered(keep=context.world.first)
+    context.world.once(lambda: write_folder(folder, lambda partial: model.save(partial, state)))
 
 
 def _report(context: Context, stage: str, metrics: dict[str, float]) -> None:

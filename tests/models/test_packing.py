@@ -73,7 +73,7 @@ def loss_and_gradient(stage, samples, *, packing, metrics=None):
     stage.context.reader.packing = packing
     for parameter in stage.model.parameters.values():
         parameter.grad = None
-    loss = stage.loss(samples, samples, {} if metrics is None else metrics)
+    loss = stage.loss(samples, stage.counts(samples), {} if metrics is None else metrics)
     loss.backward()
     stage.forget_update()
     return loss.detach(), torch.cat([p.grad.flatten() for p in stage.model.parameters.values()])
@@ -189,7 +189,7 @@ def test_masks_that_are_no_layout_go_to_transformers_own_attention(tmp_path):
 def test_a_saved_policy_names_no_attention_of_ours(tmp_path):
     stage = stage_of("grpo", tmp_path, double=False)
     stage.model.settle()
-    stage.save(tmp_path / "saved")
+    stage.model.save(tmp_path / "saved")
     assert attention.NAME not in (tmp_path / "saved" / "config.json").read_text()
 
 

@@ -27,7 +27,7 @@ class AlignStage(Stage[Single]):
 
     def collect(self, step: int, metrics: Metrics) -> list[Single]:
         indices = draw(len(self.dataset), self.batch_size, seed=self.context.recipe.run.seed, step=step)
-        records = [self.dataset[index] for index in indices]
+        records = [self.dataset[index] for index in indices[self.context.world.slice(len(indices))]]
         prompts = self.context.reader.prompts(self.dataset, records)
         return [self._example(prompt, record) for prompt, record in zip(prompts, records, strict=True)]
 
@@ -39,11 +39,10 @@ class AlignStage(Stage[Single]):
         response = self.context.reader.encoder.response(record.columns["response"], where=record.where)
         return Single(Sequence(prompt.ids, response, prompt.image_keys))
 
-    def loss(self, samples: list[Single], whole: list[Single], metrics: Metrics) -> torch.Tensor:
+    def loss(self, samples: list[Single], whole: dict[str, float], metrics: Metrics) -> torch.Tensor:
         batch = self.context.reader.batch([sample.sequence for sample in samples], self.context.device)
         output = self.context.policy.response_logprobs(batch, outputs=("is_top1",))
         assert output.is_top1 is not None
         metrics["mean_token_accuracy"] = output.is_top1.float().mean()
         metrics["num_tokens"] = len(output.logprobs)
-        tokens = sum(len(sample.sequence.response_ids) for sample in whole)
-        return -output.logprobs.sum() / tokens
+        return -output.logprobs.sum() / whole["tokens"]

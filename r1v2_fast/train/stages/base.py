@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -12,6 +12,7 @@ from r1v2_fast.data.collate import Sequence
 from r1v2_fast.data.layouts import text_of
 from r1v2_fast.data.records import Record
 from r1v2_fast.models.policy import Backbone
+from r1v2_fast.parallel.stored import Stored
 from r1v2_fast.rollout.engine import Prompt
 from r1v2_fast.train.batching import Sample, micro_batches
 from r1v2_fast.train.context import Context
@@ -21,7 +22,10 @@ S = TypeVar("S", bound=Sample)
 
 
 class Stage(Generic[S]):
-    """A stage of training; subclasses say which samples a step trains on and what the loss on some of them is."""
+    """A stage of training; subclasses say which samples a step trains on and what the loss on some of them is.
+
+    Among several ranks, samples are this rank's own, and `whole` counts all ranks' mini-batch.
+    """
 
     name: str
     trains_policy = True
@@ -37,20 +41,25 @@ class Stage(Generic[S]):
             context.reward_model.own_tower()
         model.train_parts(list(config.train), config.lora, seed=context.recipe.run.seed)
         model.checkpointing = config.gradient_checkpointing
+        context.shard(model)
 
     def prepare(self) -> None:
         """Work before the first step, such as reference log-probs; the initial parameters are in place."""
 
     def collect(self, step: int, metrics: Metrics) -> list[S]:
-        """This step's samples, made without gradients; none where there is nothing to learn from."""
+        """This step's samples, made without gradients; none where there is nothing to learn from. Metrics are all ranks'."""
         raise NotImplementedError
 
     def mini_batches(self, samples: list[S], step: int) -> Iterator[list[S]]:
         """What each optimizer step of this step trains on."""
         yield samples
 
-    def loss(self, samples: list[S], whole: list[S], metrics: Metrics) -> torch.Tensor:
-        """The share that `samples` have in the loss of `whole`, their optimizer step's: shares add up exactly."""
+    def counts(self, samples: list[S]) -> dict[str, float]:
+        """What losses are divided by; the counts of parts, on whatever rank, add up to the whole's."""
+        return {"samples": float(len(samples)), "tokens": float(response_tokens(samples))}
+
+    def loss(self, samples: list[S], whole: dict[str, float], metrics: Metrics) -> torch.Tensor:
+        """The share that `samples` have in the loss of a mini-batch with the counts `whole`: shares add up exactly."""
         raise NotImplementedError
 
     def largest(self) -> list[S]:
@@ -59,7 +68,7 @@ class Stage(Generic[S]):
 
     def weight(self, samples: list[S]) -> float:
         """What the metrics of a loss on `samples` are means over: their response tokens."""
-        return sum(len(sequence.response_ids) for sample in samples for sequence in sample.sequences)
+        return response_tokens(samples)
 
     def weights(self, samples: list[S]) -> dict[str, float]:
         """The same of metrics that are means over something else, by name."""
@@ -84,15 +93,17 @@ class Stage(Generic[S]):
 
     def micro_batches(self, samples: list[S]) -> list[list[S]]:
         """What each forward and backward of an optimizer step takes."""
+        if not samples:
+            return []
         return micro_batches(samples, self.settings.micro_batch_tokens, packed=self.context.reader.packing)
 
+    @torch.no_grad()
     def response_logprobs(self, samples: list[S], *, temperature: float) -> list[list[torch.Tensor]]:
         """Per-token log-probs of each sequence of each sample, without gradient, in micro-batches; on the CPU."""
         found: dict[int, list[torch.Tensor]] = {}
-        for part in self.micro_batches(samples) if samples else ():
+        for part in self.context.joined(self.context.policy, self.micro_batches(samples)):
             batch = self.context.reader.batch([s for sample in part for s in sample.sequences], self.context.device)
-            with torch.no_grad():
-                logprobs = self.context.policy.response_logprobs(batch, temperature=temperature).logprobs
+            logprobs = self.context.policy.response_logprobs(batch, temperature=temperature).logprobs
             pieces = iter(logprobs.cpu().split(batch.offsets.diff().tolist()))
             found |= {id(sample): [next(pieces) for _ in sample.sequences] for sample in part}
         return [found[id(sample)] for sample in samples]
@@ -104,12 +115,12 @@ class Stage(Generic[S]):
         """Drop what losses left behind for `after_update`: they were a rehearsal."""
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """What a checkpoint must hold besides parameters and optimizer: tensors, and JSON values."""
+        """What a checkpoint must hold besides parameters and optimizer: tensors, and JSON values of this rank."""
         return {}, {}
 
-    def load_state(self, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
-        pass
+    def load_state(self, tensors: Stored, metas: list[dict[str, Any]]) -> None:
+        """What `state` gave on all the ranks that saved, however many."""
 
-    def save(self, folder) -> None:
-        """The stage's product, once settled, as a folder that loads again."""
-        self.context.policy.save(folder)
+
+def response_tokens(samples: Iterable[Sample]) -> int:
+    return sum(len(sequence.response_ids) for sample in samples for sequence in sample.sequences)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections import ChainMap
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from r1v2_fast import config, ops
-from r1v2_fast.buffer import SelectiveSampleBuffer, Unit
+from r1v2_fast.buffer import SelectiveSampleBuffer, Unit, merged
 from r1v2_fast.data.collate import Sequence
+from r1v2_fast.models.packing import prompt_key
 from r1v2_fast.ops.policy_loss import KINDS, over_sequences
+from r1v2_fast.parallel.stored import Stored
 from r1v2_fast.train.batching import by_prompt
 from r1v2_fast.train.context import Context
-from r1v2_fast.train.experience import Experience, collect, joined, panel, reward_metrics
+from r1v2_fast.train.experience import Experience, collect, joined, panel
 from r1v2_fast.train.stages.base import Metrics, Stage
 
 
@@ -28,6 +32,7 @@ class Sample:
     replayed: bool = False
     old_logprobs: torch.Tensor | None = None  # before the step's first update; None where that is the only one
     ref_logprobs: torch.Tensor | None = None  # with a KL term
+    order: tuple[int, int] = (0, 0)  # its place among all ranks' samples of the step
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -62,13 +67,12 @@ class GRPOStage(Stage[Sample]):
     def collect(self, step: int, metrics: Metrics) -> list[Sample]:
         experience, advantages, informative = self._rollouts(metrics)
         if self.config.mask_truncated:
-            finished = torch.tensor([response.finished for response in experience.responses])
-            advantages = torch.where(finished, advantages, 0.0)
+            advantages = torch.where(experience.finished_N, advantages, 0.0)
         keep = [i for i in range(len(advantages)) if bool(advantages[i] != 0) or self._keeps_zero(experience, i)]
-        fresh = [_sample(experience, i, advantages[i].item()) for i in keep]
+        fresh = [_sample(experience, i, advantages[i].item()) for i in keep if experience.here(i)]
         replayed = self._replay(experience, advantages, informative, step, metrics)
         self._dump(experience, advantages, set(keep), step)
-        samples = fresh + [sample for unit in replayed for sample in _restored(unit)]
+        samples = fresh + [sample for place, unit in enumerate(replayed, 1) for sample in _restored(unit, place)]
         if self.config.updates_per_rollout * self.config.mini_batches > 1:
             for sample, (old,) in zip(samples, self._logprobs(samples), strict=True):
                 sample.old_logprobs = old
@@ -83,7 +87,7 @@ class GRPOStage(Stage[Sample]):
         return samples
 
     def mini_batches(self, samples: list[Sample], step: int) -> Iterator[list[Sample]]:
-        hands = by_prompt(samples) if self.context.reader.packing else [[sample] for sample in samples]
+        hands = self._hands(samples)
         count = min(self.config.mini_batches, len(hands))
         for update in range(self.config.updates_per_rollout):
             if count == 1:
@@ -110,7 +114,7 @@ class GRPOStage(Stage[Sample]):
         loss = self.config.loss
         return dict.fromkeys(over_sequences(loss.kind, loss.ratio_level, loss.rollout_mode or ""), float(len(samples)))
 
-    def loss(self, samples: list[Sample], whole: list[Sample], metrics: Metrics) -> torch.Tensor:
+    def loss(self, samples: list[Sample], whole: dict[str, float], metrics: Metrics) -> torch.Tensor:
         device = self.context.device
         batch = self.context.reader.batch([sample.sequence for sample in samples], device)
         advantages = torch.tensor([sample.advantage for sample in samples], device=device)
@@ -143,7 +147,7 @@ class GRPOStage(Stage[Sample]):
             ref_logprobs=torch.cat(references).to(device) if references else None,
             entropy=output.entropy,
             normalizer=self._normalizer(whole),
-            entropy_normalizer=float(_tokens(whole)),
+            entropy_normalizer=whole["tokens"],
             **settings,
         )
         metrics.update(loss.metrics)
@@ -159,21 +163,34 @@ class GRPOStage(Stage[Sample]):
             tensors |= {f"buffer/{name}": value for name, value in held.items()}
         return tensors, meta
 
-    def load_state(self, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
-        self.model.load_reference_state(tensors)
-        self.rounds = meta["rounds"]
+    def load_state(self, tensors: Stored, metas: list[dict[str, Any]]) -> None:
+        self.model.load_reference_state(tensors.like)
+        self.rounds = metas[0]["rounds"]
         if self.buffer is not None:
-            held = {n.removeprefix("buffer/"): t for n, t in tensors.items() if n.startswith("buffer/")}
-            self.buffer.load_state_dict({**held, "meta": meta["buffer"]})
+            world = self.context.world
+            meta, ranks = merged([meta["buffer"] for meta in metas])
+            if len(metas) != world.size:  # dealt anew, each unit whole
+                ranks = [unit % world.size for unit in range(len(ranks))]
+            state: Mapping[str, Any] = ChainMap({"meta": meta}, tensors.below("buffer/"))  # type: ignore[arg-type]
+            self.buffer.load_state_dict(state, lambda unit: ranks[unit] == world.rank)
 
-    def _normalizer(self, whole: list[Sample]) -> float:
+    def _hands(self, samples: list[Sample]) -> list[list[Sample]]:
+        """What mini-batches are dealt: prompts with their responses, or responses; all ranks', with this rank's samples."""
+        own = by_prompt(samples) if self.context.reader.packing else [[sample] for sample in samples]
+        if self.context.world.size == 1:
+            return own
+        named = {_name(hand) if self.context.reader.packing else str(hand[0].order): hand for hand in own}
+        every = sorted(self.context.world.concatenate([(hand[0].order, name) for name, hand in named.items()]))
+        return [named.get(name, []) for name in dict.fromkeys(name for _, name in every)]
+
+    def _normalizer(self, whole: dict[str, float]) -> float:
         """What the mini-batch's loss is divided by, so that its micro-batches add up."""
         loss = self.config.loss
         aggregate = loss.aggregate or KINDS[loss.kind].aggregate
         if aggregate in ("token_mean", "token_sum"):
-            return float(_tokens(whole)) if aggregate == "token_mean" else 1.0
+            return whole["tokens"] if aggregate == "token_mean" else 1.0
         longest = self.config.sampling.max_new_tokens if aggregate == "seq_mean_token_sum_norm" else 1
-        return float(len(whole) * longest)
+        return whole["samples"] * longest
 
     @property
     def _temperature(self) -> float:
@@ -202,7 +219,7 @@ class GRPOStage(Stage[Sample]):
             found = groups.informative.nonzero().flatten().tolist()
             if dynamic is None or len(found) >= sampling.prompts or len(rounds) == dynamic.max_rounds:
                 break
-        metrics.update(reward_metrics(experience, self.judge.weights, sampling.max_new_tokens))
+        metrics.update(experience.metrics(self.judge.weights))
         metrics["frac_informative"] = groups.informative.float().mean()
         advantages, informative = groups.advantages.cpu(), groups.informative.cpu()
         if dynamic is None:
@@ -213,7 +230,7 @@ class GRPOStage(Stage[Sample]):
 
     def _keeps_zero(self, experience: Experience, i: int) -> bool:
         """Whether a response without an advantage counts all the same: in the average, or under a KL term."""
-        if self.config.mask_truncated and not experience.responses[i].finished:
+        if self.config.mask_truncated and not experience.finished_N[i]:
             return False
         return not self.skip_zero or self.config.average_over == "all"
 
@@ -233,12 +250,13 @@ class GRPOStage(Stage[Sample]):
         if self.config.buffer.deficit == "signal" and len(self.buffer):
             have = round(priorities.sum().item() / self.buffer.mean_priority)
         replayed = self.buffer.fill(missing_from, have, step)
-        samples = [_stored(experience, i) for i in range(len(advantages))]
+        samples = [_stored(experience, i) if experience.here(i) else None for i in range(len(advantages))]
         self.buffer.push(samples, effective, torch.arange(0, len(samples) + 1, size), step)
         metrics["buffer/effective_share_without"] = fresh / target
         metrics["buffer/effective_share"] = (fresh + len(replayed)) / target
         metrics["buffer/size"] = len(self.buffer)
-        metrics["buffer/replayed_tokens"] = sum(len(s["response_ids"]) for u in replayed for s in u.samples)
+        here = [len(s["response_ids"]) for unit in replayed for s in unit.samples if s is not None]
+        metrics["buffer/replayed_tokens"] = sum(self.context.world.concatenate(here))
         if replayed:
             metrics["buffer/staleness"] = sum(step - unit.step for unit in replayed) / len(replayed)
         return replayed
@@ -246,15 +264,16 @@ class GRPOStage(Stage[Sample]):
     def _dump(self, experience: Experience, advantages: torch.Tensor, kept: set[int], step: int) -> None:
         if step % self.context.recipe.samples_every:
             return
-        for i in range(experience.group_size):  # the first prompt's group
+        first = self.context.world.concatenate([(g.prompt, g.completions) for g in experience.own[:1] if g is not None])
+        for i, completion in enumerate(first[0][1]):
             record, rewards = experience.record(i), experience.rewards_NR[i].tolist()
             self.context.log.sample(
                 stage=self.name,
                 step=step,
                 id=record.id,
                 prompt=record.prompt,
-                images=experience.prompts[0].image_keys,
-                completion=experience.completions[i],
+                images=first[0][0].image_keys,
+                completion=completion,
                 answer=record.answer,
                 rewards=dict(zip(experience.names, rewards, strict=True)),
                 advantage=advantages[i].item(),
@@ -262,12 +281,13 @@ class GRPOStage(Stage[Sample]):
             )
 
 
-def _tokens(samples: list[Sample]) -> int:
-    return sum(len(sample.sequence.response_ids) for sample in samples)
+def _name(hand: list[Sample]) -> str:
+    """Of its prompt, the same on every rank."""
+    return hashlib.blake2b(repr(prompt_key(hand[0].sequence)).encode()).hexdigest()
 
 
 def _sample(experience: Experience, i: int, advantage: float) -> Sample:
-    return Sample(experience.sequence(i), advantage, experience.responses[i].logprobs)
+    return Sample(experience.sequence(i), advantage, experience.response(i).logprobs, order=(0, i))
 
 
 def _stored(experience: Experience, i: int) -> dict[str, Any]:
@@ -276,20 +296,21 @@ def _stored(experience: Experience, i: int) -> dict[str, Any]:
     return {
         "prompt_ids": torch.tensor(sequence.prompt_ids, dtype=torch.int32),
         "response_ids": torch.tensor(sequence.response_ids),
-        "behaviour_logprobs": experience.responses[i].logprobs,
+        "behaviour_logprobs": experience.response(i).logprobs,
         "image_keys": sequence.image_keys,
     }
 
 
-def _restored(unit: Unit) -> list[Sample]:
-    """A unit's samples with an advantage; the others have nothing to teach."""
+def _restored(unit: Unit, place: int) -> list[Sample]:
+    """A unit's samples with an advantage, where this rank holds them; the others have nothing to teach."""
     return [
         Sample(
             Sequence(stored["prompt_ids"].tolist(), stored["response_ids"].tolist(), stored["image_keys"]),
             advantage,
             stored["behaviour_logprobs"],
             replayed=True,
+            order=(place, i),
         )
-        for stored, advantage in zip(unit.samples, unit.advantages.tolist(), strict=True)
-        if advantage != 0
+        for i, (stored, advantage) in enumerate(zip(unit.samples, unit.advantages.tolist(), strict=True))
+        if advantage != 0 and stored is not None
     ]

@@ -14,9 +14,11 @@ import torch
 from r1v2_fast import config, ops
 from r1v2_fast.data.collate import Sequence
 from r1v2_fast.data.records import draw
+from r1v2_fast.judge.summary import pairs_by_gap
+from r1v2_fast.parallel.stored import Stored
 from r1v2_fast.train.batching import tokens
 from r1v2_fast.train.context import Context
-from r1v2_fast.train.experience import collect, pairs_by_gap, panel, reward_metrics
+from r1v2_fast.train.experience import collect, panel
 from r1v2_fast.train.stages.base import Metrics, Stage
 
 
@@ -49,9 +51,8 @@ class MPOStage(Stage[Pair]):
         """Reference log-probs of ready pairs, once, before training."""
         if self.config.sampling is not None:
             return
-        steps = (draw(len(self.dataset), self.config.pairs, seed=self._seed, step=s) for s in range(self.steps))
-        indices = sorted({index for step in steps for index in step})
-        for start in range(0, len(indices), self.config.pairs):
+        indices = sorted({index for step in range(self.steps) for index in self._drawn(step)})
+        for start in range(0, self.context.world.most(len(indices)), self.config.pairs):
             part = indices[start : start + self.config.pairs]
             pairs = self._pairs(part)
             self._add_reference(pairs)
@@ -59,19 +60,22 @@ class MPOStage(Stage[Pair]):
 
     def collect(self, step: int, metrics: Metrics) -> list[Pair]:
         if self.judge is None:
-            indices = draw(len(self.dataset), self.config.pairs, seed=self._seed, step=step)
-            return [self._ready[index] for index in indices]
+            return [self._ready[index] for index in self._drawn(step)]
         assert self.config.sampling is not None
         experience = collect(self.context, self.judge, self.dataset, self.config.sampling, stage=self.name, round=step)
-        metrics.update(reward_metrics(experience, self.judge.weights, self.config.sampling.max_new_tokens))
+        metrics.update(experience.metrics(self.judge.weights))
         totals = (experience.rewards_NR * self.judge.weights).sum(1)  # NaN, unscored, is in no pair
         found = pairs_by_gap(
             totals, experience.group_size, min_gap=self.config.min_reward_gap, max_pairs=self.config.max_pairs
         )
         metrics["pairs"] = len(found)
-        pairs = [Pair(experience.sequence(chosen), experience.sequence(rejected)) for chosen, rejected in found]
+        mine = [(chosen, rejected) for chosen, rejected in found if experience.here(chosen)]
+        pairs = [Pair(experience.sequence(chosen), experience.sequence(rejected)) for chosen, rejected in mine]
         self._add_reference(pairs)
         return pairs
+
+    def counts(self, samples: list[Pair]) -> dict[str, float]:
+        return {**super().counts(samples), "chosen_tokens": float(sum(len(p.chosen.response_ids) for p in samples))}
 
     def weight(self, samples: list[Pair]) -> float:
         return len(samples)
@@ -86,10 +90,9 @@ class MPOStage(Stage[Pair]):
         zeros = torch.zeros(sampling.max_new_tokens)
         return [Pair(side, side, (zeros, zeros)) for side in sides]
 
-    def loss(self, samples: list[Pair], whole: list[Pair], metrics: Metrics) -> torch.Tensor:
+    def loss(self, samples: list[Pair], whole: dict[str, float], metrics: Metrics) -> torch.Tensor:
         batch = self.context.reader.batch(_sides(samples), self.context.device)
         logprobs = self.context.policy.response_logprobs(batch, temperature=self.temperature).logprobs
-        chosen_tokens = sum(len(pair.chosen.response_ids) for pair in whole)
         output = ops.mpo_loss(
             logprobs,
             _packed([pair.ref_logprobs for pair in samples]).to(logprobs.device),
@@ -99,8 +102,8 @@ class MPOStage(Stage[Pair]):
             delta=self._delta,
             label_smoothing=self.config.label_smoothing,
             generation=self.config.generation,
-            normalizer=float(len(whole)),
-            generation_normalizer=float(len(whole) if self.config.generation == "sequence" else chosen_tokens),
+            normalizer=whole["samples"],
+            generation_normalizer=whole["samples" if self.config.generation == "sequence" else "chosen_tokens"],
         )
         chosen, rejected = output.chosen_rewards.detach(), output.rejected_rewards.detach()
         self._rewards.append((chosen, rejected))
@@ -113,8 +116,9 @@ class MPOStage(Stage[Pair]):
         return output.loss
 
     def after_update(self) -> None:
-        chosen, rejected = zip(*self._rewards, strict=True)
-        self.shift.update(torch.cat(chosen), torch.cat(rejected))
+        none = torch.empty(0, device=self.context.device)  # a rank without a pair joins the others' sum
+        sides = list(zip(*self._rewards, strict=True)) or [(), ()]
+        self.shift.update(*(torch.cat([none, *side]) for side in sides))
         self.forget_update()
 
     def forget_update(self) -> None:
@@ -123,9 +127,9 @@ class MPOStage(Stage[Pair]):
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         return self.model.reference_state(), {"shift": self.shift.state_dict()}
 
-    def load_state(self, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
-        self.model.load_reference_state(tensors)
-        self.shift.load_state_dict(meta["shift"])
+    def load_state(self, tensors: Stored, metas: list[dict[str, Any]]) -> None:
+        self.model.load_reference_state(tensors.like)
+        self.shift.load_state_dict(metas[0]["shift"])
 
     @property
     def _delta(self) -> float | torch.Tensor:
@@ -141,6 +145,11 @@ class MPOStage(Stage[Pair]):
             logprobs = self.response_logprobs(pairs, temperature=self.temperature)
         for pair, (chosen, rejected) in zip(pairs, logprobs, strict=True):
             pair.ref_logprobs = (chosen, rejected)
+
+    def _drawn(self, step: int) -> list[int]:
+        """This rank's ready pairs of a step."""
+        indices = draw(len(self.dataset), self.config.pairs, seed=self._seed, step=step)
+        return indices[self.context.world.slice(len(indices))]
 
     def _pairs(self, indices: list[int]) -> list[Pair]:
         """Ready pairs of these records."""

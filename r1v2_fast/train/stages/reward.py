@@ -6,16 +6,16 @@ Source: Skywork-VL Reward (arXiv 2505.07263): vision tower frozen; adapter, lang
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from r1v2_fast import config
 from r1v2_fast.data.collate import Sequence
+from r1v2_fast.judge.summary import pairs_by_gap
 from r1v2_fast.models.reward_model import RewardModel
 from r1v2_fast.train.context import Context
-from r1v2_fast.train.experience import collect, pairs_by_gap, panel, reward_metrics
+from r1v2_fast.train.experience import collect, panel
 from r1v2_fast.train.stages.base import Metrics, Stage
 
 
@@ -39,16 +39,18 @@ class RewardStage(Stage[Pair]):
         if "vision" in {*config.train, *config.lora}:
             model.own_tower()
         super().__init__(context, config, model)
+        context.shard(context.policy)
         self.config = config
         self.judge = panel(context, config.rewards, config.micro_batch_tokens)
 
     def collect(self, step: int, metrics: Metrics) -> list[Pair]:
         experience = collect(self.context, self.judge, self.dataset, self.config.sampling, stage=self.name, round=step)
-        metrics.update(reward_metrics(experience, self.judge.weights, self.config.sampling.max_new_tokens))
+        metrics.update(experience.metrics(self.judge.weights))
         totals = (experience.rewards_NR * self.judge.weights).sum(1)  # NaN, unscored, is in no pair
         pairs = pairs_by_gap(totals, experience.group_size, min_gap=0.0, max_pairs=self.config.max_pairs)
         metrics["pairs"] = len(pairs)
-        return [Pair(experience.sequence(chosen), experience.sequence(rejected)) for chosen, rejected in pairs]
+        mine = [(chosen, rejected) for chosen, rejected in pairs if experience.here(chosen)]
+        return [Pair(experience.sequence(chosen), experience.sequence(rejected)) for chosen, rejected in mine]
 
     def weight(self, samples: list[Pair]) -> float:
         return len(samples)
@@ -58,13 +60,10 @@ class RewardStage(Stage[Pair]):
         sides = self.largest_sequences(sampling, self.config.max_pairs, sampling.prompts * self.config.max_pairs)
         return [Pair(side, side) for side in sides]
 
-    def loss(self, samples: list[Pair], whole: list[Pair], metrics: Metrics) -> torch.Tensor:
+    def loss(self, samples: list[Pair], whole: dict[str, float], metrics: Metrics) -> torch.Tensor:
         sequences = [pair.chosen for pair in samples] + [pair.rejected for pair in samples]
         chosen, rejected = self.model.scores(self.context.reader.batch(sequences, self.context.device)).chunk(2)
         metrics["rewards/accuracies"] = (chosen > rejected).float().mean()
         metrics["rewards/margins"] = (chosen - rejected).mean()
         metrics["num_tokens"] = sum(len(s.response_ids) for s in sequences)
-        return -F.logsigmoid(chosen - rejected).sum() / len(whole)
-
-    def save(self, folder: Any) -> None:
-        self.model.save(folder)
+        return -F.logsigmoid(chosen - rejected).sum() / whole["samples"]

@@ -1,8 +1,10 @@
-"""Metrics of a step out of those of its micro-batches and optimizer steps."""
+"""Metrics of a step out of those of its micro-batches, optimizer steps and ranks."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from r1v2_fast.parallel.world import World
 
 
 class Mean:
@@ -16,6 +18,16 @@ class Mean:
         """`weights` are those of metrics that are means over something else."""
         for name, value in metrics.items():
             self._values.setdefault(name, []).append((value, (weights or {}).get(name, weight)))
+
+    def gathered(self, world: World) -> Mean:
+        """Of all ranks, as if they were further micro-batches; reads device tensors where there are several."""
+        if world.size == 1:
+            return self
+        whole = Mean(sums=self._sums)
+        for own in world.gather({n: [(float(v), w) for v, w in pairs] for n, pairs in self._values.items()}):
+            for name, pairs in own.items():
+                whole._values.setdefault(name, []).extend(pairs)
+        return whole
 
     def values(self) -> dict[str, Any]:
         return {name: self._combined(name, pairs) for name, pairs in self._values.items()}
