@@ -46,7 +46,7 @@ LAYERS = {
     "commands": {"atomic", "parallel", "config", "models", "data", "judge", "rollout", "train", "log", "card"},
     "doctor": {"ops", "_version", "_native"},
     "__main__": {"cli"},
-    "cli": {"config", "stop", "train", "commands", "report", "doctor", "_version"},
+    "cli": {"config", "parallel", "stop", "train", "commands", "report", "doctor", "_version"},
 }
 
 
