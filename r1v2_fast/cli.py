@@ -186,6 +186,7 @@ def _train(recipe: str, overrides: list[str], resume: bool, dummy_weights: bool)
     from transformers.utils import logging
 
     from r1v2_fast import config
+    from r1v2_fast.parallel.world import first_rank
     from r1v2_fast.report import write
     from r1v2_fast.stop import Stopped
     from r1v2_fast.train import run
@@ -198,6 +199,8 @@ def _train(recipe: str, overrides: list[str], resume: bool, dummy_weights: bool)
     except Stopped as stopped:
         print(f"r1v2-fast: {stopped}; go on with --resume", file=sys.stderr)
         return stopped.status
+    if not first_rank():
+        return 0
     print(f"model   {folder / 'final'}", flush=True)
     try:
         print(f"report  {write(folder)}")

@@ -18,7 +18,7 @@ import importlib.metadata
 import inspect
 import os
 import types
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -182,10 +182,21 @@ def _rope(query, key, cos, sin) -> tuple[torch.Tensor, torch.Tensor]:
 def _swiglu(self, x: torch.Tensor) -> torch.Tensor:
     product = _liger("SwiGLU").apply(self.gate_proj(x), self.up_proj(x))
     if product.grad_fn is not None:
-        product.grad_fn.register_hook(_gate_and_up_are_overwritten)
+        product.grad_fn.register_prehook(_once())
     return self.down_proj(product)
 
 
-def _gate_and_up_are_overwritten(gradients, _) -> None:
-    # The gradients lie in the tensors that the graph saved, and Triton's stores leave autograd's version counters alone
-    torch.autograd.graph.increment_version([gradient for gradient in gradients if gradient is not None])
+def _once() -> Callable[[Any], None]:
+    """A hook in front of a backward that may run a single time."""
+    ran = False
+
+    def hook(_) -> None:
+        nonlocal ran
+        if ran:
+            raise RuntimeError(
+                "liger-kernel's SwiGLU wrote its gradients over what this graph had saved: a second backward takes a second "
+                "forward, or model.fused_layers=off"
+            )
+        ran = True
+
+    return hook

@@ -136,6 +136,11 @@ def opened(device: str, *, timeout: float) -> Iterator[World]:
     dist.destroy_process_group()  # not after an error: it would wait for ranks that may be gone
 
 
+def first_rank() -> bool:
+    """Of torchrun's environment; the only process is the first too."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _of_rank(device: torch.device, name: str) -> torch.device:
     if device.type != "cuda":
         return device

@@ -24,6 +24,7 @@ from r1v2_fast.models.packing import PackedBatch, pack
 from r1v2_fast.models.policy import Backbone, Policy
 from r1v2_fast.models.reward_model import RewardModel
 from r1v2_fast.parallel import sharding
+from r1v2_fast.parallel.checks import check
 from r1v2_fast.parallel.world import ALONE, World, pick_device
 from r1v2_fast.rollout.choose import engine_of
 from r1v2_fast.rollout.engine import Engine, Prompt
@@ -124,6 +125,7 @@ class Context:
             world.once(lambda: synthetic.write(data_folder, files, seed=recipe.run.seed, sizes=recipe.data.sizes))
         self.corpus = Corpus(data_folder, root=recipe.data.root, allow_outside=recipe.data.allow_outside)
         self.best = Best(folder, recipe.checkpoint, world)
+        check(recipe, world)
         self.policy: Policy
         self.reader: Reader
         self.engine: Engine

@@ -6,11 +6,13 @@ import pytest
 import torch
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
+from r1v2_fast import config
 from r1v2_fast.data.collate import Sequence, collate
 from r1v2_fast.models import attention, load, policy, presets
 from r1v2_fast.models.feature_cache import FeatureCache
 from r1v2_fast.models.packing import pack
-from r1v2_fast.plan import memory
+from r1v2_fast.plan import memory, stages
+from r1v2_fast.plan.run import plan
 from r1v2_fast.plan.work import Row
 
 WORDS = ["which", "digit"]
@@ -64,3 +66,14 @@ def settings(width: int = 4, *, checkpointing: bool = False, trains_llm: bool = 
 @pytest.fixture
 def toys() -> SimpleNamespace:
     return SimpleNamespace(build=build, batch=batch, settings=settings, mid=mid)
+
+
+@pytest.fixture
+def made():
+    """A shipped recipe's stages by name."""
+
+    def make(recipe="r1v2-38b-one-gpu", overrides=(), count=1, gpu="h200", **options) -> dict[str, stages.Stage]:
+        found = plan(config.load(recipe, list(overrides)), count=count, gpu=gpu, **options)
+        return {stage.name: stage for stage in found}
+
+    return make
