@@ -7,11 +7,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 Part = Literal["adapter", "llm", "vision"]
 Share = Annotated[float, Field(ge=0, lt=1)]
 METRICS = ("accuracy", "format", "hallucination", "hallucination/right", "hallucination/wrong")
+# YAML reads a bare on or off as a boolean
+Switch = Annotated[
+    Literal["auto", "on", "off"],
+    BeforeValidator(lambda value: ("off", "on")[value] if isinstance(value, bool) else value),
+]
 Weight = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Aggregate = Literal["token_mean", "token_sum", "seq_mean_token_sum", "seq_mean_token_sum_norm", "seq_mean_token_mean"]
@@ -302,7 +307,7 @@ class Model(Section):
     attention: Literal["auto", "sdpa", "flex", "flash"] = "auto"
     """How packed rows attend: PyTorch's SDPA group by group, FlexAttention, or flash-attn. auto: on a GPU flash where it
     is installed and the weights are 16-bit, else flex; sdpa elsewhere."""
-    fused_layers: Literal["auto", "on", "off"] = "auto"
+    fused_layers: Switch = "auto"
     """liger-kernel's RMSNorm, RoPE and SwiGLU in the language model. auto: on a GPU where liger-kernel is installed."""
 
     @model_validator(mode="after")

@@ -43,3 +43,10 @@ def test_a_file_that_is_no_yaml_is_named(tmp_path):
     (tmp_path / "x.yaml").write_text("run: {name: x\ngrpo: [")
     with pytest.raises(ValueError, match=r"x.yaml: not YAML: "):
         config.load(str(tmp_path / "x.yaml"), [])
+
+
+@pytest.mark.parametrize("written", ["on", "off", "auto", '"on"'])
+def test_a_switch_takes_the_words_that_yaml_reads_as_booleans(written):
+    assert config.load("digits", [f"model.fused_layers={written}"]).model.fused_layers == written.strip('"')
+    with pytest.raises(ValueError, match="model.fused_layers: Input should be 'auto', 'on' or 'off', got 1"):
+        config.load("digits", ["model.fused_layers=1"])
