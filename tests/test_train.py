@@ -287,3 +287,12 @@ def test_a_run_of_an_earlier_release_resumes_where_new_keys_have_their_defaults(
     path.write_text(yaml.safe_dump(saved))
     with pytest.raises(ValueError, match="another recipe, it differs in align.batch_size"):
         run.train(recipe, resume=True)
+
+
+def test_sixteen_bit_stages_that_train_the_language_model_are_evaluated_on_the_way(tmp_path):
+    """What trains is fp32 under autocast: keys come out in fp32, values in 16 bits."""
+    sizes = "data.sizes={align: 64, policy: 8, reward: 8, heldout: 4}"
+    more = ["run.stages=[align]", "align.steps=2", "evaluation.every=1", "model.dtype=bfloat16"]
+    folder = run.train(tiny(tmp_path / "a", [], *more, sizes))
+    steps = [line["step"] for line in read(folder / "metrics.jsonl") if "eval/clean/accuracy" in line]
+    assert steps == [1, 2]

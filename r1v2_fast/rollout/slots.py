@@ -54,8 +54,9 @@ class SlotCache:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write one token a slot, [S, K, 1, D], and give back all that may be attended to, [S, K, width, D]."""
         held_keys, held_values = self.layers[layer]
-        held_keys[self.rows, :, self.lengths] = keys[:, :, 0]
-        held_values[self.rows, :, self.lengths] = values[:, :, 0]
+        # under autocast over fp32 weights values come in 16 bits, while transformers' prefill keeps them in the keys' fp32
+        held_keys[self.rows, :, self.lengths] = keys[:, :, 0].to(held_keys.dtype)
+        held_values[self.rows, :, self.lengths] = values[:, :, 0].to(held_values.dtype)
         return held_keys[:, :, : self.width], held_values[:, :, : self.width]
 
 
