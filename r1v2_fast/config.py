@@ -404,7 +404,7 @@ class Run(Section):
     """CPU threads; None leaves PyTorch's choice."""
     shard: Literal["none", "full"] = "none"
     """Several ranks: each holds the whole model, which is fastest where it fits; or full: FSDP2 shards its layers."""
-    timeout: float = Field(600.0, gt=0)
+    timeout: float = Field(1800.0, gt=0)
     """Several ranks: seconds that one waits for another before it takes it for lost and the run ends; longer than the
     slowest rollout or reward call differs between ranks."""
     stages: list[Literal["align", "reward", "mpo", "grpo"]] = Field(min_length=1)

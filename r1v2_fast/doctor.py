@@ -1,4 +1,5 @@
-"""What runs here: versions, what `_C` holds, and for every op the backend that `auto` takes and why the others are out."""
+"""What runs here: versions, what `_C` holds, for every op the backend that `auto` takes and why the others are out, and which
+fused layers liger-kernel gives."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from r1v2_fast import (
     ops,  # noqa: F401  (registers the backends)
 )
 from r1v2_fast._version import __version__
+from r1v2_fast.models import fused
 from r1v2_fast.ops import _backend
 
 
@@ -40,23 +42,12 @@ def run(require: list[str], device: str | None = None) -> int:
         return 1
     for name in devices if device is None else [device]:
         _report(name)
-    print(f"  {_fused_layers(device or devices[-1])}")
     fastest = device or devices[-1]
     known = sorted({verdict.backend for op in _backend.ops() for verdict in _backend.verdicts(op, fastest)})
     missing = [backend for backend in require if not _runs(backend, fastest)]
     for backend in missing:
         print(f"\nrequired backend {backend!r} cannot run any op here, on {fastest}; known are {', '.join(known)}")
     return 1 if missing else 0
-
-
-def _fused_layers(device: str) -> str:
-    """liger-kernel's part in the training loop, which needs transformers."""
-    try:
-        from r1v2_fast.models import fused
-    except ImportError as error:
-        return f"fused layers       off: {error}"
-    reason = fused.why_not(torch.device(device))
-    return f"fused layers       {'on: ' + ', '.join(fused.LAYERS) if reason is None else 'off: ' + reason}"
 
 
 def _sees_none() -> str:
@@ -92,6 +83,9 @@ def _report(device: str) -> None:
         for verdict in _backend.verdicts(op, device):
             if verdict.why_not is not None:
                 print(f"    {verdict.backend} is out: {verdict.why_not}")
+    for layer in fused.LAYERS:
+        why = fused.why_not(device, layer)
+        print(f"  fused {layer:<12} {f'liger-kernel {fused.version()}' if why is None else f'off: {why}'}")
 
 
 def _runs(backend: str, device: str) -> bool:

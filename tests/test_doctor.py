@@ -9,6 +9,7 @@ import torch
 
 from r1v2_fast import _native
 from r1v2_fast.cli import main
+from r1v2_fast.models import fused
 from r1v2_fast.ops import _backend
 
 
@@ -22,6 +23,8 @@ def extension(architectures="80 90a 100 120", runtime=13000, driver=13010, **mor
 @pytest.fixture
 def machine(monkeypatch, capsys):
     """doctor on a machine with this `_C` and, with a capability, that card; returns its status and its text."""
+
+    monkeypatch.setattr(fused, "version", lambda: None)  # it would be imported for a card that is not there
 
     def run(native, *arguments, capability=None):
         monkeypatch.setattr(_native, "module", lambda: native)
@@ -102,6 +105,18 @@ def test_every_backend_is_a_choice_or_has_its_reason(machine):
                 if verdict.why_not is not None:
                     assert f"    {verdict.backend} is out: {verdict.why_not}" in section(text, device)
             assert f"\n  {op:<18} {_backend.auto(op, device)}" in "\n" + section(text, device)
+
+
+def test_each_fused_layer_runs_or_has_its_reason(machine, monkeypatch):
+    out = {"RoPE": "liger-kernel 0.9.1's LigerRopeFunction takes (q), known is (q, k, cos, sin)"}
+    monkeypatch.setattr(fused, "version", lambda: "0.9.1")
+    monkeypatch.setattr(
+        fused, "why_not", lambda device, layer: out.get(layer) if device == "cuda" else "no CUDA device"
+    )
+    _, text = machine(extension(), capability=(9, 0))
+    assert "  fused RMSNorm      liger-kernel 0.9.1" in section(text, "cuda").splitlines()
+    assert f"  fused RoPE         off: {out['RoPE']}" in section(text, "cuda").splitlines()
+    assert section(text, "cpu").count("off: no CUDA device") == 3
 
 
 def test_a_backend_that_nobody_has_is_told_from_those_that_are():

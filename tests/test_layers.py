@@ -47,11 +47,7 @@ LAYERS = {
     "plan": {"config", "data", "models"},
     "doctor": {"ops", "models", "_version", "_native"},
     "__main__": {"cli"},
-<<<<<<< HEAD
-    "cli": {"config", "stop", "train", "commands", "plan", "report", "doctor", "_version"},
-=======
-    "cli": {"config", "parallel", "stop", "train", "commands", "report", "doctor", "_version"},
->>>>>>> par
+    "cli": {"config", "parallel", "stop", "train", "commands", "plan", "report", "doctor", "_version"},
 }
 
 

@@ -8,7 +8,7 @@ but returns its inputs' dtype where transformers would promote. It writes three 
   RoPE    query and key, which are a projection's fresh output, and their gradients, which are the attention's own
   SwiGLU  the gradients, over gate and up: a second backward through the same graph raises
   RMSNorm the gradient over the incoming one, unless told not to. It is told: that may be a caller's own tensor.
-Not yet run on a GPU; on a CPU in Triton's interpreter, against transformers in fp64 (tests/peers/test_fused_layers.py).
+Not yet run on a GPU; checked in Triton's interpreter, which has no bfloat16 (tests/peers/test_fused_layers.py).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import inspect
+import itertools
 import os
 import types
 from collections.abc import Callable, Iterable
@@ -46,16 +47,17 @@ CLASSES = {
 }  # fmt: skip
 
 
-def install(language_model, wanted: Setting) -> str | None:
+def install(language_model, wanted: Setting, device: torch.device | str) -> str | None:
     """Do what `model.fused_layers` asks for; a sentence where auto leaves out what this device could run.
 
+    device  where the model will run: one that is about to be sharded is not there yet
     raises  RuntimeError where "on" was asked for and a layer cannot run
     """
-    if wanted == "off" or (wanted == "auto" and (language_model.device.type != "cuda" or version() is None)):
+    if wanted == "off" or (wanted == "auto" and (torch.device(device).type != "cuda" or version() is None)):
         return None
     reasons: dict[str, list[str]] = {}
     for layer in LAYERS:
-        if why := why_not(language_model.device, layer) or _unfit(language_model, layer):
+        if why := why_not(device, layer) or _unfit(language_model, layer):
             reasons.setdefault(why, []).append(layer)
     out = "; ".join(f"{', '.join(layers)}: {why}" for why, layers in reasons.items())
     if out and wanted == "on":
@@ -125,12 +127,11 @@ def _fails_interpreted(layer: str, installed: str) -> str | None:
     x = torch.ones(1, 1, 2, 4)  # each layer takes it for its own shape
     norm: Any = types.SimpleNamespace(weight=x[0, 0, 0], variance_epsilon=1e-6)
     try:
-        if layer == "RMSNorm":
-            _rms_norm(norm, x)
-        elif layer == "RoPE":
-            _rope(x, x.clone(), x[0], x[0])
-        else:
-            _liger(layer).apply(x, x.clone())
+        {
+            "RMSNorm": lambda: _rms_norm(norm, x),
+            "RoPE": lambda: _rope(x, x.clone(), x[0], x[0]),
+            "SwiGLU": lambda: _liger(layer).apply(x, x),
+        }[layer]()
     except Exception as error:  # whatever the kernel's own code raises there
         return (
             f"liger-kernel {installed}'s kernel does not run in Triton's interpreter ({error}); a CUDA device does it"
@@ -160,11 +161,14 @@ def _liger(layer: str):
     return getattr(ops, LAYERS[layer].name)
 
 
-@functools.cache
 def _forward(layer: str, cls: Any) -> Any:
-    if layer != "RoPE":
-        return _rms_norm if layer == "RMSNorm" else _swiglu
-    # RoPE is a function of the attention's module: the same code runs over a copy of that module's names, with ours
+    """The function that stands in for `cls.forward`, the same one each time."""
+    return _turning_by_liger(cls) if layer == "RoPE" else _rms_norm if layer == "RMSNorm" else _swiglu
+
+
+@functools.cache
+def _turning_by_liger(cls: Any) -> types.FunctionType:
+    # The rotation is a function of the attention's module: the same code runs over a copy of its names, with ours for it
     own = cls.forward
     names = {**own.__globals__, "apply_rotary_pos_emb": _rope}
     return types.FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
@@ -188,15 +192,12 @@ def _swiglu(self, x: torch.Tensor) -> torch.Tensor:
 
 def _once() -> Callable[[Any], None]:
     """A hook in front of a backward that may run a single time."""
-    ran = False
+    runs = itertools.count()
 
     def hook(_) -> None:
-        nonlocal ran
-        if ran:
+        if next(runs):
             raise RuntimeError(
-                "liger-kernel's SwiGLU wrote its gradients over what this graph had saved: a second backward takes a second "
-                "forward, or model.fused_layers=off"
+                "SwiGLU wrote its gradients over what this graph had saved; run the forward again as well"
             )
-        ran = True
 
     return hook

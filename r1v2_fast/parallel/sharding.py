@@ -39,6 +39,10 @@ def shard(model: Backbone, world: World) -> None:
     if head is not None:
         fully_shard(head, mesh=_mesh(world), reshard_after_forward=True)
     model.root.to(world.device)
+    if isinstance(model, Policy):
+        model.forbidden = model.forbidden.to(world.device)
+    elif isinstance(model, RewardModel):
+        model.head.to(world.device)
     if head is not None:  # linear_logprobs averages the gradient of a sharded weight over ranks
         head.weight.register_hook(lambda grad: grad * world.size)
     now = dict(model.root.named_parameters())  # a shard is a parameter of its own

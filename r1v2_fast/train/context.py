@@ -141,9 +141,7 @@ class Context:
         features = FeatureCache(int(model.feature_cache_gib * 2**30), model.feature_cache_folder)
         self.policy = Policy(loaded, self.reader.pixels, features)
         self.policy.settle()
-        self._attend(self.policy)
-        if sentence := fused.install(self.policy.internvl.language_model, model.fused_layers):
-            self.log.say(sentence, once="fused layers")
+        self._choose_kernels(self.policy)
         self.close()
         self.engine = engine_of(self.recipe.rollout, self.policy, self.world.any if self.sharded else None)
 
@@ -178,13 +176,16 @@ class Context:
 
     def score_with(self, model: RewardModel) -> None:
         """Make `model` the run's reward model."""
-        self._attend(model)
+        self._choose_kernels(model)
         self.shard(model)
         self.reward_model = model
 
-    def _attend(self, model: Backbone) -> None:
+    def _choose_kernels(self, model: Backbone) -> None:
+        """What the language model runs for packed attention and in its layers, as the recipe says."""
         if self.reader.packing:
             attention.install(model.internvl.language_model, self.recipe.model.attention)
+        if sentence := fused.install(model.internvl.language_model, self.recipe.model.fused_layers, self.device):
+            self.log.say(sentence, once="fused layers")
 
     def _packing(self, loaded: load.Loaded) -> bool:
         """Whether batches are packed; a recipe's wish that the language model cannot grant is said once."""

@@ -147,7 +147,8 @@ def _stages(context: Context, stop: StopRequest) -> None:
         _write(context, product, stage.model)
         if index + 1 < len(recipe.run.stages):
             world.once(Checkpoints(folder / "checkpoints").clear)
-            if context.sharded:  # each stage shards by what it trains
+            if context.sharded:  # each stage shards by what it trains; this one's shards go first
+                del stage
                 _open(context, name, product)
         if signum := world.most(stop.signum):
             raise Stopped(f"stopped after stage {name}", signum)

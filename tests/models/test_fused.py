@@ -1,11 +1,10 @@
-"""The fused layers' rules: when they are put in, what is refused and how, whose forward changes. None of it needs liger-kernel."""
+"""When the fused layers are put in, what is refused and how, and whose forward changes: all that needs no liger-kernel."""
 
 import copy
 import importlib.metadata
 from types import SimpleNamespace
 
 import pytest
-import torch
 from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model
 
 from r1v2_fast import config
@@ -53,31 +52,24 @@ def liger(monkeypatch):
     return install
 
 
-@pytest.fixture
-def on_cuda(monkeypatch):
-    """on_cuda(model): the model says that it is on a GPU."""
-    return lambda model: monkeypatch.setattr(type(model), "device", torch.device("cuda"))
-
-
 @pytest.mark.parametrize("wanted", ["off", "auto"])
 def test_off_and_auto_on_a_cpu_touch_nothing(liger, wanted):
     model = qwen()
-    assert fused.install(model, wanted) is None and shadowed(model) == []
+    assert fused.install(model, wanted, "cpu") is None and shadowed(model) == []
 
 
-def test_off_on_a_gpu_and_auto_without_liger_touch_nothing_and_say_nothing(liger, on_cuda):
+def test_off_on_a_gpu_and_auto_without_liger_touch_nothing_and_say_nothing(liger):
     model = qwen()
-    on_cuda(model)
-    assert fused.install(model, "off") is None and shadowed(model) == []
+    assert fused.install(model, "off", "cuda") is None and shadowed(model) == []
     liger(None)
-    assert fused.install(model, "auto") is None and shadowed(model) == []
+    assert fused.install(model, "auto", "cuda") is None and shadowed(model) == []
 
 
 def test_on_without_a_gpu_says_why_and_what_works(liger):
     model = qwen()
     said = "RMSNorm, RoPE, SwiGLU: it needs a CUDA device, got cpu.*TRITON_INTERPRET=1.*model.fused_layers=off works"
     with pytest.raises(RuntimeError, match=said):
-        fused.install(model, "on")
+        fused.install(model, "on", "cpu")
     assert shadowed(model) == []
 
 
@@ -85,26 +77,24 @@ def test_on_without_a_gpu_says_why_and_what_works(liger):
     ("version", "said"),
     [(None, "liger-kernel is not installed; `pip install"), ("0.7.9", "needs liger-kernel 0.8 or newer, got 0.7.9")],
 )
-def test_on_with_no_liger_or_an_old_one_says_so(liger, on_cuda, version, said):
+def test_on_with_no_liger_or_an_old_one_says_so(liger, version, said):
     model = qwen()
-    on_cuda(model)
     liger(version)
     assert said in fused.why_not("cuda")
     with pytest.raises(RuntimeError, match=f"model.fused_layers=on cannot run.*{said}"):
-        fused.install(model, "on")
+        fused.install(model, "on", "cuda")
 
 
 @pytest.mark.parametrize("wanted", ["on", "auto"])
-def test_on_a_gpu_every_norm_mlp_and_attention_is_replaced_and_comes_back(liger, on_cuda, wanted):
+def test_on_a_gpu_every_norm_mlp_and_attention_is_replaced_and_comes_back(liger, wanted):
     model, other = qwen(), qwen()
     names = list(model.state_dict())
-    on_cuda(model)
-    assert fused.install(model, wanted) is None
+    assert fused.install(model, wanted, "cuda") is None
     assert (
         len(shadowed(model)) == 2 * 4 + 1 and shadowed(other) == []
     )  # two norms, attention and MLP a layer; the last norm
     assert list(model.state_dict()) == names
-    fused.install(model, wanted)  # again, as a run's next stage does
+    fused.install(model, wanted, "cuda")  # again, as a run's next stage does
     fused.remove(model)
     assert shadowed(model) == []
 
@@ -125,16 +115,31 @@ def test_apply_names_what_it_replaced_and_remove_leaves_others_wrappers():
     ],
     ids=["renamed", "one-more"],
 )
-def test_an_unknown_signature_is_refused_by_name_and_version_and_the_others_run(liger, on_cuda, changed, said):
+def test_an_unknown_signature_is_refused_by_name_and_version_and_the_others_run(liger, changed, said):
     liger("0.9.1", LigerRopeFunction=changed)
     model = qwen()
-    on_cuda(model)
     with pytest.raises(RuntimeError, match=f"cannot run RoPE: liger-kernel {said}"):
-        fused.install(model, "on")
+        fused.install(model, "on", "cuda")
     assert shadowed(model) == []
-    sentence = fused.install(model, "auto")
+    sentence = fused.install(model, "auto", "cuda")
     assert sentence.startswith("model.fused_layers=auto leaves to transformers RoPE: liger-kernel 0.9.1's")
     assert not any(name.endswith("self_attn") for name in shadowed(model)) and len(shadowed(model)) == 2 * 3 + 1
+
+
+def test_what_the_interpreter_cannot_run_is_refused_with_what_it_said(liger, monkeypatch):
+    def lacking(*_):
+        raise TypeError("'float' object has no attribute 'to'")
+
+    monkeypatch.setattr(
+        fused, "_liger", lambda layer: SimpleNamespace(forward=KNOWN["LigerSiLUMulFunction"], apply=lacking)
+    )
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    fused._fails_interpreted.cache_clear()
+    assert fused.why_not("cpu", "SwiGLU") == (
+        "liger-kernel 0.8.5's kernel does not run in Triton's interpreter ('float' object has no attribute 'to'); "
+        "a CUDA device does it"
+    )
+    fused._fails_interpreted.cache_clear()
 
 
 def test_a_name_that_is_gone_is_refused(liger, monkeypatch):
@@ -147,20 +152,18 @@ def test_a_name_that_is_gone_is_refused(liger, monkeypatch):
     )
 
 
-def test_a_model_that_liger_does_not_compute_is_refused(liger, on_cuda, monkeypatch):
+def test_a_model_that_liger_does_not_compute_is_refused(liger, monkeypatch):
     llama = LlamaModel(LlamaConfig(**SIZES))
-    on_cuda(llama)
     with pytest.raises(
         RuntimeError, match="RMSNorm, RoPE, SwiGLU: expected a qwen2 or qwen3 language model, got llama"
     ):
-        fused.install(llama, "on")
+        fused.install(llama, "on", "cuda")
     model = qwen(hidden_act="gelu")
-    on_cuda(model)
     with pytest.raises(RuntimeError, match="cannot run SwiGLU: expected hidden_act silu, got gelu"):
-        fused.install(model, "on")
-    assert "32 bits at the most" in fused.install(qwen().double(), "auto")
+        fused.install(model, "on", "cuda")
+    assert "32 bits at the most" in fused.install(qwen().double(), "auto", "cuda")
     monkeypatch.setattr(type(model.layers[0].self_attn), "forward", lambda self, x: x)
-    assert "RoPE: transformers 5" in fused.install(qwen(), "auto")
+    assert "RoPE: transformers 5" in fused.install(qwen(), "auto", "cuda")
 
 
 def test_a_copys_forwards_are_its_own():
@@ -178,7 +181,7 @@ def test_a_run_says_once_what_auto_left_out_and_on_a_cpu_refuses_on(tmp_path, mo
     context = Context(config.load("digits", [sizes, "run.device=cpu"]), tmp_path, Log(tmp_path))
     context.use(context.initial())
     assert shadowed(context.policy.internvl.language_model) == []
-    monkeypatch.setattr(fused, "install", lambda model, wanted: f"left out, of {wanted}")
+    monkeypatch.setattr(fused, "install", lambda model, wanted, device: f"left out, of {wanted}")
     for _ in range(2):
         context.use(context.initial())
     assert capsys.readouterr().out.count("left out, of auto") == 1

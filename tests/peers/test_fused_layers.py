@@ -1,7 +1,7 @@
 """liger-kernel's layers in our language models against transformers' own, in fp32 with truth in fp64.
 
 On a GPU they run as they are. Without one, Triton's interpreter runs the kernels' own code in a process of its own, mended
-in two places where it is not what a compiled kernel meets: see `mend`. Rounding to 16 bits and speed take a GPU.
+in two places where it is not what a compiled kernel meets: see `mend`. It has no bfloat16: that and speed take a GPU.
 """
 
 import copy
@@ -38,6 +38,7 @@ SIZES = {
 }  # fmt: skip
 MODELS = {"qwen2": (Qwen2Config, Qwen2Model), "qwen3": (Qwen3Config, Qwen3Model)}
 GROUPS = [(7, [3, 5]), (4, [6])]
+HALVES = [torch.float16, torch.bfloat16] if CUDA else [torch.float16]  # the interpreter computes no bfloat16
 KINDS = pytest.mark.parametrize("kind", MODELS)
 
 
@@ -78,7 +79,7 @@ def plain(kind="qwen2") -> nn.Module:
     torch.manual_seed(0)
     made = model(configuration(**SIZES)).eval().to(DEVICE)
     for parameter in made.parameters():  # norms of ones and small weights would hide a factor that was forgotten
-        parameter.data.normal_(std=0.2) if parameter.dim() > 1 else parameter.data.uniform_(0.5, 1.5)
+        parameter.data.normal_(std=0.1) if parameter.dim() > 1 else parameter.data.uniform_(0.5, 1.5)
     attention.install(made, "sdpa")
     return made
 
@@ -87,7 +88,7 @@ def three(model: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
     """(ours, reference, truth) of one model."""
     ours, truth = copy.deepcopy(model), copy.deepcopy(model)
     to_double(truth)
-    assert fused.install(ours, "on") is None
+    assert fused.install(ours, "on", DEVICE) is None
     return ours, model, truth
 
 
@@ -143,18 +144,32 @@ def test_each_layer_alone_does(layer):
 
 
 @runs
+@pytest.mark.parametrize("dtype", HALVES)
+def test_16_bit_weights_are_rounded_where_transformers_rounds(dtype):
+    same(*three(plain().to(dtype)))
+
+
+@runs
+@pytest.mark.parametrize("dtype", HALVES)
+def test_fp32_weights_under_autocast_do_too(dtype):
+    ours, reference, truth = three(plain())
+    for model in (ours, reference):
+        model.forward = torch.autocast(DEVICE, dtype)(model.forward)
+    same(ours, reference, truth)
+
+
+@runs
 @KINDS
 def test_checkpointed_with_lora_they_do(kind):
     def prepared(model):
         holder = nn.Module()  # freeze and lora go by the names of the whole model
         holder.language_model = model
         lora.inject(holder, {"llm": LoRA(rank=2, alpha=4)}, seed=0)
+        draw = torch.Generator().manual_seed(2)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(lora.MARK in name)
             if "lora_B" in name:  # zero, the adapters would not show
-                parameter.data = (
-                    torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)).to(parameter) / 9
-                )
+                parameter.data = 0.1 * torch.randn(parameter.shape, generator=draw).to(parameter)
         return model
 
     models = [prepared(model) for model in three(plain(kind))]

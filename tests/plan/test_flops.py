@@ -65,3 +65,16 @@ def test_flops_of_a_picture_are_those_of_the_tower(toys):
     of = shapes.of(made.loaded.model.config)
     patches = 2 * 3 * of.patches * 3 * 4 * 4 * of.vision_width  # the counter sees the patches' convolution too
     assert flops.of_picture(of, tiles=3) == pytest.approx(counter.get_total_flops() - patches, rel=0.02)
+
+
+def test_flops_of_the_adapter_are_those_of_its_module(toys):
+    made = toys.build("mid")
+    of = shapes.of(made.loaded.model.config)
+    features = torch.randn(2, of.image_tokens, of.channels)
+    with FlopCounterMode(display=False) as forward:
+        out = made.internvl.multi_modal_projector(features)
+    with FlopCounterMode(display=False) as backward:
+        out.sum().backward()
+    planned = flops.of_row(of, SHORT, toys.settings(), tiles=1)
+    assert planned["adapter forward"] == forward.get_total_flops()
+    assert planned["adapter backward"] == backward.get_total_flops()

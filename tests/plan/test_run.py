@@ -25,7 +25,7 @@ def test_a_plan_that_fits_exits_0_and_says_so_in_a_hundred_columns(capsys):
 
 
 def test_a_plan_that_does_not_fit_exits_1_and_says_why_and_what_would(capsys):
-    status, out = printed(capsys, "r1v2-38b-8gpu", "--gpus", "8", "--gpu", "h100")
+    status, out = printed(capsys, "r1v2-38b-8gpu", "rollout.max_rows=64", "--gpus", "8", "--gpu", "h100")
     assert status == 1
     assert "The rollout does not fit" in out and "its largest part is keys and values" in out
     assert "It fits with rollout.max_rows=" in out
@@ -115,7 +115,7 @@ def test_what_is_said_to_fit_does_when_the_recipe_is_changed_so(made, recipe, ov
 
 
 def test_the_rows_that_are_named_are_the_most_that_fit(made):
-    stage = made("r1v2-38b-8gpu", count=8, gpu="h100")["grpo"]
+    stage = made("r1v2-38b-8gpu", ["rollout.max_rows=64"], 8, "h100")["grpo"]
     (change,) = stages.remedies(stage)[0].changes
     most = int(change.removeprefix("rollout.max_rows="))
     assert not stage.set("rollout", max_rows=most).over

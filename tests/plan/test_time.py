@@ -80,3 +80,13 @@ def test_packing_pays_for_a_prompt_once(made):
 )
 def test_seconds_have_three_digits_at_most(value, text):
     assert seconds(value) == text
+
+
+def test_full_sharding_gathers_layers_and_head_at_every_decode_step(made):
+    stage = made("r1v2-38b-8gpu", count=8, gpu="h100")["grpo"]
+    of, parts = stage.shapes, stage.time
+    steps = 4096 * -(-64 // memory.slots(stage.work, stage.needs))
+    one = parts["decode"].seconds / steps
+    gather = 2 * (of.layers * of.layer + of.embedding) * 7 / 8 / 450e9 / stage.efficiency.link.value
+    assert parts["gathers awaited, rollout"].seconds == pytest.approx(steps * (gather - one), rel=0.01)
+    assert "gathers awaited, rollout" not in made("r1v2-38b-8gpu", count=8, gpu="h100", shard="none")["grpo"].time
