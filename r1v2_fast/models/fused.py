@@ -99,7 +99,7 @@ def why_not(device: torch.device | str, layer: str | None = None) -> str | None:
         return next((why for each in LAYERS if (why := why_not(device, each))), None)
     installed, kind = version(), torch.device(device).type
     if installed is None:
-        return "liger-kernel is not installed; `pip install liger-kernel`"
+        return "liger-kernel is not installed; `pip install 'r1v2-fast[liger]'`"
     if tuple(int(part) for part in installed.split(".")[:2]) < FLOOR:
         return f"it needs liger-kernel {'.'.join(map(str, FLOOR))} or newer, got {installed}; upgrade it"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -133,9 +133,7 @@ def _fails_interpreted(layer: str, installed: str) -> str | None:
             "SwiGLU": lambda: _liger(layer).apply(x, x),
         }[layer]()
     except Exception as error:  # whatever the kernel's own code raises there
-        return (
-            f"liger-kernel {installed}'s kernel does not run in Triton's interpreter ({error}); a CUDA device does it"
-        )
+        return f"liger-kernel {installed} does not run in Triton's interpreter ({error}); a CUDA device does it"
     return None
 
 
@@ -196,8 +194,6 @@ def _once() -> Callable[[Any], None]:
 
     def hook(_) -> None:
         if next(runs):
-            raise RuntimeError(
-                "SwiGLU wrote its gradients over what this graph had saved; run the forward again as well"
-            )
+            raise RuntimeError("SwiGLU wrote its gradients over what this graph saved; run the forward again as well")
 
     return hook

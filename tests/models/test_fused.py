@@ -136,7 +136,7 @@ def test_what_the_interpreter_cannot_run_is_refused_with_what_it_said(liger, mon
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     fused._fails_interpreted.cache_clear()
     assert fused.why_not("cpu", "SwiGLU") == (
-        "liger-kernel 0.8.5's kernel does not run in Triton's interpreter ('float' object has no attribute 'to'); "
+        "liger-kernel 0.8.5 does not run in Triton's interpreter ('float' object has no attribute 'to'); "
         "a CUDA device does it"
     )
     fused._fails_interpreted.cache_clear()
