@@ -86,7 +86,8 @@ class Sampling(Section):
     """Prompts a step."""
     group_size: int = Field(8, gt=1)
     """Responses a prompt, G."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, ge=1e-3)
+    """Below 1e-3 logits overflow; evaluations are greedy."""
     max_new_tokens: int = Field(12, gt=0)
 
 
@@ -256,7 +257,7 @@ class GRPO(Stage):
     updates_per_rollout: int = Field(1, gt=0)
     """Passes over a step's samples."""
     mini_batches: int = Field(1, gt=0)
-    """Optimizer steps a pass; prompts with all their responses (or, without model.packing, responses) are dealt out evenly."""
+    """Optimizer steps a pass; prompts with all their responses are dealt out evenly."""
     rewards: Rewards = Field(min_length=1)
     informative_from: str
     """The reward component that decides whether a group is informative."""

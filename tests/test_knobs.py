@@ -190,6 +190,7 @@ def test_a_rehearsal_is_the_largest_that_a_step_can_be(tmp_path, reward):
     for more, factor in (
         ([], 1),
         (["grpo.mini_batches=3"], 1 / 3),
+        (["grpo.mini_batches=4", "grpo.buffer=null"], 2 / 6),  # two of six groups
         (["grpo.loss.kl_coef=0.1"], 2),
         (["grpo.average_over=all"], 2),
     ):
@@ -242,6 +243,17 @@ def test_the_longest_micro_batch_comes_first_and_none_is_over_the_budget(packed)
     alone = batching.micro_batches([Fake(300, 5), Fake(1, 1)], 200, packed=packed)
     assert [len(part) for part in alone] == [1, 1]
     assert batching.micro_batches(samples, None, packed=packed) == [samples]
+
+
+def test_a_rehearsal_fills_the_forward_as_ragged_samples_may(tmp_path, reward):
+    budget = 600
+    stage = stage_of("grpo", tmp_path, reward, f"grpo.micro_batch_tokens={budget}", "grpo.sampling.max_new_tokens=40")
+    one = packed([stage.largest()[0]])
+    rehearsed = batching.fullest(stage.largest(), budget, packed=True)
+    assert budget - one < packed(rehearsed) <= budget
+    for step in range(2):
+        met = max(packed(part) for part in stage.micro_batches(stage.collect(step, {})))
+        assert met <= packed(rehearsed) + one
 
 
 def test_samples_that_share_a_prompt_are_packed_together_and_split_only_over_the_budget():

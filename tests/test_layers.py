@@ -102,7 +102,7 @@ def test_files_stay_small():
 
 def test_the_training_loop_stays_lean():
     lengths = [len(path.read_text().splitlines()) for path in (PACKAGE / "train").rglob("*.py")]
-    assert sum(lengths) < 1950 and max(lengths) <= 400
+    assert sum(lengths) < 2000 and max(lengths) <= 400
 
 
 def test_importing_the_package_imports_neither_torch_nor_triton():

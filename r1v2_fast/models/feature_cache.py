@@ -24,7 +24,7 @@ class FeatureCache:
     """Features [T, S, C] by the digest of an image's pixels, the least recently used out first beyond `max_bytes`.
 
     The same picture under several keys is held once. A file on disk is the tower's that wrote it, by a fingerprint of its
-    weights; one that is broken is written anew.
+    weights and settings; one that is broken is written anew. One picture is held whatever the limit.
     """
 
     def __init__(self, max_bytes: int = 1 << 30, folder: str | Path | None = None):
@@ -47,14 +47,19 @@ class FeatureCache:
         self._towers.clear()
         self.bytes = 0
 
-    def get(self, keys: list[str], pixels: Load, encode: Load, tower: nn.Module) -> list[torch.Tensor]:
+    def get(
+        self, keys: list[str], pixels: Load, encode: Load, tower: nn.Module, settings: str = ""
+    ) -> list[torch.Tensor]:
         """Features of `keys` in order; what neither memory nor disk holds is encoded in one call.
 
-        pixels  of keys, [T, 3, height, width] each
-        encode  keys to features on the tower's device
+        pixels    of keys, [T, 3, height, width] each
+        encode    keys to features on the tower's device
+        settings  what else features follow from: files are kept apart by it
         """
         names = dict(zip(keys, (self._digest(key, pixels) for key in keys), strict=True))
-        found = {name: features for name in names.values() if (features := self._look(name, tower)) is not None}
+        found = {
+            name: features for name in names.values() if (features := self._look(name, tower, settings)) is not None
+        }
         missing: dict[str, str] = {}
         for key, name in names.items():
             if name not in found:
@@ -64,7 +69,7 @@ class FeatureCache:
                 found[name] = features
                 self._put(name, features)
                 if self.folder is not None:
-                    _write(self._path(name, tower), features)
+                    _write(self._path(name, tower, settings), features)
         return [found[names[key]] for key in keys]
 
     def _digest(self, key: str, pixels: Load) -> str:
@@ -72,11 +77,11 @@ class FeatureCache:
             self._digests[key] = digest(pixels([key])[0])
         return self._digests[key]
 
-    def _look(self, name: str, tower: nn.Module) -> torch.Tensor | None:
+    def _look(self, name: str, tower: nn.Module, settings: str) -> torch.Tensor | None:
         if name in self._held:
             self._held.move_to_end(name)
             return self._held[name]
-        if self.folder is None or not (path := self._path(name, tower)).is_file():
+        if self.folder is None or not (path := self._path(name, tower, settings)).is_file():
             return None
         try:
             features = load_file(str(path))["features"].to(next(tower.parameters()).device)
@@ -91,10 +96,11 @@ class FeatureCache:
         while self.bytes > self.max_bytes and len(self._held) > 1:
             self.bytes -= self._held.popitem(last=False)[1].nbytes
 
-    def _path(self, name: str, tower: nn.Module) -> Path:
+    def _path(self, name: str, tower: nn.Module, settings: str) -> Path:
         assert self.folder is not None
         if id(tower) not in self._towers:
-            self._towers[id(tower)] = fingerprint(tower)
+            weights_and_settings = f"{fingerprint(tower)}/{settings}".encode()
+            self._towers[id(tower)] = hashlib.blake2b(weights_and_settings, digest_size=16).hexdigest()
         return self.folder / self._towers[id(tower)] / f"{name}.safetensors"
 
 

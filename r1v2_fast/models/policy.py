@@ -136,7 +136,8 @@ class Backbone:
         unique = list(dict.fromkeys(keys))
         if self.vision_frozen:
             with torch.no_grad():
-                features = self.features.get(unique, self.pixels, self._encode_each, self.internvl.vision_tower)
+                tower, settings = self.internvl.vision_tower, vision.settings(self.internvl)
+                features = self.features.get(unique, self.pixels, self._encode_each, tower, settings)
         else:
             features = self._encode(unique)
         tiles = [feature.shape[0] for feature in features]

@@ -6,6 +6,7 @@ T tiles of an image, S image tokens a tile, C channels before the adapter (4 x t
 from __future__ import annotations
 
 import torch
+import transformers
 
 
 def tower_features(internvl, pixels_T3HW: torch.Tensor) -> torch.Tensor:
@@ -22,3 +23,11 @@ def tower_features(internvl, pixels_T3HW: torch.Tensor) -> torch.Tensor:
     assert side * side == patches, f"expected a square of patches, got {patches}"
     shuffled = internvl.pixel_shuffle(features.reshape(tiles, side, side, width), scale_factor=config.downsample_ratio)
     return shuffled.reshape(tiles, -1, shuffled.shape[-1])
+
+
+def settings(internvl) -> str:
+    """What features follow from besides pixels and weights."""
+    config = internvl.config
+    names = ("vision_feature_layer", "vision_feature_select_strategy", "downsample_ratio")
+    read = {name: getattr(config, name) for name in names}
+    return f"{config.vision_config.to_json_string(use_diff=False)} {read} transformers {transformers.__version__}"

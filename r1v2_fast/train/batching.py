@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from r1v2_fast.data.collate import Sequence
-from r1v2_fast.models.packing import packed_tokens, prompt_key
+from r1v2_fast.models.packing import PromptKey, packed_tokens, prompt_key
 
 
 class Sample(Protocol):
@@ -39,6 +39,25 @@ def micro_batches(samples: list[S], budget: int | None, *, packed: bool) -> list
     if budget is None:
         return [samples]
     return _packed(samples, budget) if packed else _padded(samples, budget)
+
+
+def fullest(samples: list[S], budget: int | None, *, packed: bool) -> list[S]:
+    """Those of `samples`, in their order, that fill one forward best: ragged ones of a step fill it where long groups do not."""
+    if budget is None:
+        return samples
+    if not packed:
+        return _padded(samples, budget)[0]
+    part: list[S] = []
+    prompts: set[PromptKey] = set()
+    held = 0
+    for sample in samples:
+        own = {prompt_key(s): len(s.prompt_ids) for s in sample.sequences if prompt_key(s) not in prompts}
+        more = sum(own.values()) + sum(len(s.response_ids) for s in sample.sequences)
+        if not part or held + more <= budget:
+            part.append(sample)
+            prompts |= own.keys()
+            held += more
+    return part
 
 
 def by_prompt(samples: list[S]) -> list[list[S]]:

@@ -15,7 +15,7 @@ import torch
 
 from r1v2_fast.parallel.metrics import Mean
 from r1v2_fast.stop import Stopped, StopRequest
-from r1v2_fast.train.batching import tokens
+from r1v2_fast.train.batching import fullest, tokens
 from r1v2_fast.train.checkpoint import Checkpoints
 from r1v2_fast.train.context import Context
 from r1v2_fast.train.evaluate import evaluate_sets
@@ -102,7 +102,8 @@ def _rehearse(stage: Stage, optimizer: Optimizer) -> None:
     """The largest forward and backward that the stage is expected to meet, thrown away: memory runs out now, not later."""
     largest = stage.largest()
     largest = largest[: -(-len(largest) // stage.context.world.size)]
-    for part in stage.context.joined(stage.model, stage.micro_batches(largest)[:1], optimizer.backward):
+    full = fullest(largest, stage.settings.micro_batch_tokens, packed=stage.context.reader.packing)
+    for part in stage.context.joined(stage.model, [full], optimizer.backward):
         _add_gradient(stage, part, stage.counts(largest), optimizer, {})
     optimizer.adamw.zero_grad(set_to_none=True)
     stage.forget_update()

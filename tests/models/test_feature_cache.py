@@ -67,6 +67,15 @@ def test_files_of_another_tower_are_not_its_own(tmp_path):
     assert other.asked == [["a"]]
 
 
+def test_files_of_the_same_weights_under_other_settings_are_not_its_own(tmp_path):
+    folder = FeatureCache(folder=tmp_path).folder
+    for settings, expected in (("layer -1", [["a"]]), ("layer -2", [["a"]]), ("layer -1", [])):
+        encoder = Encoder()
+        load = lambda names: [PICTURES[n] for n in names]  # noqa: E731
+        FeatureCache(folder=folder).get(["a"], load, encoder, encoder.tower, settings)
+        assert encoder.asked == expected
+
+
 def test_a_tower_that_changed_is_asked_again(tmp_path):
     cache, encoder = FeatureCache(folder=tmp_path), Encoder()
     before = get(cache, encoder, "b")[0]

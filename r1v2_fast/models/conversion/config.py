@@ -71,6 +71,9 @@ def check_supported(original: dict[str, Any]) -> None:
     for name, wanted in (("use_thumbnail", True), ("pad2square", False)):  # as the image processor does it
         if full["dynamic_image_size"] and bool(full[name]) is not wanted:
             raise ValueError(f"{name} must be {wanted} under dynamic_image_size, got {full[name]!r}")
+    layers, layer = tower["num_hidden_layers"], full["select_layer"]
+    if not isinstance(layer, int) or not -layers - 1 <= layer <= layers:
+        raise ValueError(f"select_layer must name one of the tower's {layers} layers, got {layer!r}")
     for name in ("use_backbone_lora", "use_llm_lora"):
         if original.get(name):
             raise ValueError(f"{name} must be 0, got {original[name]!r}: merge the adapters first")

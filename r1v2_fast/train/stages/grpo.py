@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -104,10 +105,11 @@ class GRPOStage(Stage[Sample]):
             count *= 2  # replayed responses stand beside fresh ones without an advantage
         # samples drawn singly may each bring a prompt of their own
         shared = 1 if self.buffer is not None and self.buffer.granularity == "sample" else sampling.group_size
+        hands = math.ceil(count / sampling.group_size / self.config.mini_batches)  # of one mini-batch
         zeros = torch.zeros(sampling.max_new_tokens)
         return [
             Sample(sequence, 1.0, zeros, ref_logprobs=zeros if self.config.loss.kl_coef else None)
-            for sequence in self.largest_sequences(sampling, shared, -(-count // self.config.mini_batches))
+            for sequence in self.largest_sequences(sampling, shared, hands * sampling.group_size)
         ]
 
     def weights(self, samples: list[Sample]) -> dict[str, float]:
@@ -175,11 +177,11 @@ class GRPOStage(Stage[Sample]):
             self.buffer.load_state_dict(state, lambda unit: ranks[unit] == world.rank)
 
     def _hands(self, samples: list[Sample]) -> list[list[Sample]]:
-        """What mini-batches are dealt: prompts with their responses, or responses; all ranks', with this rank's samples."""
-        own = by_prompt(samples) if self.context.reader.packing else [[sample] for sample in samples]
+        """What mini-batches are dealt: prompts with their responses; all ranks', with this rank's samples."""
+        own = by_prompt(samples)
         if self.context.world.size == 1:
             return own
-        named = {_name(hand) if self.context.reader.packing else str(hand[0].order): hand for hand in own}
+        named = {_name(hand): hand for hand in own}
         every = sorted(self.context.world.concatenate([(hand[0].order, name) for name, hand in named.items()]))
         return [named.get(name, []) for name in dict.fromkeys(name for _, name in every)]
 
