@@ -63,7 +63,9 @@ class Backbone:
                 parameter.data = parameter.data.to(self.dtype)
         if not self.vision_frozen:
             self.features.clear()
-        self.parameters, self._initial, self.checkpointing, self.vision_frozen = {}, [], False, True
+        self.parameters, self._initial, self.checkpointing = {}, [], False
+        # a sharded tower goes on being gone through by all ranks together, not image by image
+        self.vision_frozen = self.vision_frozen or not self.joins
 
     def keep_reference(self) -> None:
         """What the model is now, before it trains, is what `reference` gives back."""

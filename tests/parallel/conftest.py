@@ -29,14 +29,25 @@ def command(ranks):
 
 @pytest.fixture(scope="session")
 def launch(tmp_path_factory):
-    """launch(name, ranks, *overrides, flags=()) runs in the folder `name` of one session and gives what became of it."""
+    """launch(name, ranks, *overrides, flags=()) runs in the folder `name` of one session and gives what became of it.
+
+    The same run is not run again.
+    """
     root = tmp_path_factory.mktemp("runs")
     reward = root / "reward.py"
     reward.write_text(REWARD)
     term = f"[{{name: answer, function: '{reward}:letters'}}]"
     rewards = [f"{stage}.rewards={term}" for stage in ("reward", "mpo", "grpo")]
 
-    def run(name, ranks, *overrides, flags=(), timeout=240):
+    done_before = {}
+
+    def run(name, *given, flags=()):
+        key = (name, given, tuple(flags))
+        if key not in done_before:
+            done_before[key] = fresh(name, *given, flags=flags)
+        return done_before[key]
+
+    def fresh(name, ranks, *overrides, flags=(), timeout=240):
         folder = root / name
         done = subprocess.run(
             [*command(ranks), *flags, f"run.folder={folder}", *SMALL, *rewards, *overrides],
