@@ -161,7 +161,9 @@ class _Run:
 
     def pick(self) -> None:
         """Every slot's next token; a response that has ended gives its slot back."""
-        if not self.running and self.engine.alone:
+        if not self.running:
+            if not self.engine.alone:  # a sharded head is a collective too
+                self.policy.head(self.hidden)
             return
         assert self.hidden is not None
         idle = len(self.tokens)

@@ -89,10 +89,11 @@ def test_sampled_log_probs_are_the_training_forwards(max_rows, context, prompts)
     assert (hotter - behaviour).abs().max() > 1e-2, "another temperature would pass too"
 
 
-def test_in_16_bits_too_log_probs_are_the_training_forwards_up_to_rounding(context, prompts, tmp_path):
+@pytest.mark.parametrize("parts", [["adapter"], ["adapter", "llm"]], ids=["adapter", "language model in fp32"])
+def test_in_16_bits_too_log_probs_are_the_training_forwards_up_to_rounding(parts, context, prompts, tmp_path):
     load.save_folder(tmp_path, context.policy.loaded)
     policy = Policy(load.from_folder(tmp_path, dtype=torch.bfloat16), context.reader.pixels, FeatureCache())
-    policy.train_parts(["adapter"])
+    policy.train_parts(parts)
     sampled = LocalEngine(policy, max_rows=5).generate(prompts, **SETTINGS, temperature=1.0, seeds=list(range(8)))
     sequences = [Sequence(prompts[i // 3].ids, r.ids, prompts[i // 3].image_keys) for i, r in enumerate(sampled)]
     ours = policy.response_logprobs(collate(sequences, 0)).logprobs.detach()

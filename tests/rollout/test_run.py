@@ -135,7 +135,7 @@ def test_log_probs_that_differ_weigh_tokens_by_the_truncated_ratio(recipe, serve
     stage = stage_of(recipe("run", server, "grpo.loss.aggregate=token_sum", "grpo.buffer=null"))
     samples = stage.collect(0, {})
     parameters = list(stage.model.parameters.values())
-    got = torch.autograd.grad(stage.loss(samples, samples, {}), parameters)
+    got = torch.autograd.grad(stage.loss(samples, stage.counts(samples), {}), parameters)
 
     batch = stage.context.reader.batch([sample.sequence for sample in samples], "cpu")
     current = stage.context.policy.response_logprobs(batch, temperature=1.0).logprobs
