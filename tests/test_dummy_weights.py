@@ -31,7 +31,7 @@ def test_a_shipped_recipe_trains_both_stages_with_made_up_weights(recipe, tmp_pa
         main(["train", recipe, "--dummy-weights", SMALL, *SHORT, f"run.folder={folder}", f"data.folder={tmp_path}"])
         == 0
     )
-    said = capsys.readouterr().out.replace("\n", " ")
+    said = " ".join(capsys.readouterr().out.split())
     assert "every rule reward is a coin flip" in said and "made-up ones stand in" in said
     lines = {line["stage"]: line for line in read(folder / "metrics.jsonl") if "grad_norm" in line}
     assert set(lines) == {"mpo", "grpo"} and all(line["grad_norm"] > 0 for line in lines.values())
