@@ -23,7 +23,7 @@ LAYERS = {
     "config": set(),
     "loggers": set(),
     "rollout": {"config", "data", "models"},
-    "parallel": {"ops", "models", "atomic", "config"},
+    "parallel": {"ops", "models", "atomic", "config", "stop"},
     "train": {
         "ops",
         "parallel",

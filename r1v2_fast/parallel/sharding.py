@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from r1v2_fast.models import freeze, lora
@@ -31,13 +31,14 @@ def shard(model: Backbone, world: World) -> None:
         raise RuntimeError("run.shard=full cannot shard LoRA's layers; run.shard=none works, or train the part in full")
     if model.dtype == torch.float16 and model.parameters:
         raise RuntimeError("run.shard=full cannot scale fp16's loss; model.dtype=bfloat16 or run.shard=none works")
+    mesh = init_device_mesh(world.device.type, (world.size,))
     trained = {freeze.part_of(name) for name in model.parameters}
-    _shard_layers(model.internvl.language_model, model.internvl.language_model.layers, world)
+    _shard_layers(model.internvl.language_model, model.internvl.language_model.layers, mesh)
     if "vision" in trained:
-        _shard_layers(model.internvl.vision_tower, model.internvl.vision_tower.encoder.layer, world)
+        _shard_layers(model.internvl.vision_tower, model.internvl.vision_tower.encoder.layer, mesh)
     head = model.head if isinstance(model, Policy) and model.head.weight.requires_grad and not _tied(model) else None
     if head is not None:
-        fully_shard(head, mesh=_mesh(world), reshard_after_forward=True)
+        fully_shard(head, mesh=mesh, reshard_after_forward=True)
     model.root.to(world.device)
     if isinstance(model, Policy):
         model.forbidden = model.forbidden.to(world.device)
@@ -65,12 +66,12 @@ def joined(
         backward(0.0 * scores.sum())
 
 
-def _shard_layers(stack: nn.Module, layers: nn.ModuleList, world: World) -> None:
+def _shard_layers(stack: nn.Module, layers: nn.ModuleList, mesh: DeviceMesh) -> None:
     for layer in layers:
-        fully_shard(layer, mesh=_mesh(world), reshard_after_forward=True)
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     inside = {parameter for layer in layers for parameter in layer.parameters()}
     around = {parameter for parameter in stack.parameters() if parameter not in inside}
-    fully_shard(stack, mesh=_mesh(world), ignored_params=around)  # holds nothing: the layers share its streams
+    fully_shard(stack, mesh=mesh, ignored_params=around)  # holds nothing: the layers share its streams
     for module in stack.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -79,7 +80,3 @@ def _shard_layers(stack: nn.Module, layers: nn.ModuleList, world: World) -> None
 
 def _tied(model: Policy) -> bool:
     return model.head.weight is model.internvl.get_input_embeddings().weight
-
-
-def _mesh(world: World):
-    return init_device_mesh(world.device.type, (world.size,))

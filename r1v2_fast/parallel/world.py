@@ -5,7 +5,9 @@ Objects travel pickled, between processes of one run alone; nothing that is stor
 
 from __future__ import annotations
 
+import gc
 import os
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -13,6 +15,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from r1v2_fast.stop import Stopped
 
 T = TypeVar("T")
 
@@ -132,8 +136,20 @@ def opened(device: str, *, timeout: float) -> Iterator[World]:
     # what ranks tell each other goes over gloo on GPUs too: it costs the device nothing, and sees at once who has died
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-    yield World(dist.get_rank(), size, chosen)
-    dist.destroy_process_group()  # not after an error: it would wait for ranks that may be gone
+    try:
+        yield World(dist.get_rank(), size, chosen)
+    except Stopped as stopped:  # on all ranks
+        traceback.clear_frames(stopped.__traceback__)
+        _close()
+        raise
+    _close()  # not after an error: it would wait for ranks that may be gone
+
+
+def _close() -> None:
+    """Once nothing uses the group: FSDP's modules hold it in cycles, and one left to the interpreter's end may abort there."""
+    gc.collect()
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def first_rank() -> bool:
