@@ -48,13 +48,13 @@ class FeatureCache:
         self.bytes = 0
 
     def get(
-        self, keys: list[str], pixels: Load, encode: Load, tower: nn.Module, settings: str = ""
+        self, keys: list[str], pixels: Load, encode: Load, tower: nn.Module, settings: Callable[[], str] = str
     ) -> list[torch.Tensor]:
         """Features of `keys` in order; what neither memory nor disk holds is encoded in one call.
 
         pixels    of keys, [T, 3, height, width] each
         encode    keys to features on the tower's device
-        settings  what else features follow from: files are kept apart by it
+        settings  says what else features follow from: files are kept apart by it; asked once, where there is a folder
         """
         names = dict(zip(keys, (self._digest(key, pixels) for key in keys), strict=True))
         found = {
@@ -77,7 +77,7 @@ class FeatureCache:
             self._digests[key] = digest(pixels([key])[0])
         return self._digests[key]
 
-    def _look(self, name: str, tower: nn.Module, settings: str) -> torch.Tensor | None:
+    def _look(self, name: str, tower: nn.Module, settings: Callable[[], str]) -> torch.Tensor | None:
         if name in self._held:
             self._held.move_to_end(name)
             return self._held[name]
@@ -96,10 +96,10 @@ class FeatureCache:
         while self.bytes > self.max_bytes and len(self._held) > 1:
             self.bytes -= self._held.popitem(last=False)[1].nbytes
 
-    def _path(self, name: str, tower: nn.Module, settings: str) -> Path:
+    def _path(self, name: str, tower: nn.Module, settings: Callable[[], str]) -> Path:
         assert self.folder is not None
         if id(tower) not in self._towers:
-            weights_and_settings = f"{fingerprint(tower)}/{settings}".encode()
+            weights_and_settings = f"{fingerprint(tower)}/{settings()}".encode()
             self._towers[id(tower)] = hashlib.blake2b(weights_and_settings, digest_size=16).hexdigest()
         return self.folder / self._towers[id(tower)] / f"{name}.safetensors"
 

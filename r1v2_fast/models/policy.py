@@ -138,7 +138,7 @@ class Backbone:
         unique = list(dict.fromkeys(keys))
         if self.vision_frozen:
             with torch.no_grad():
-                tower, settings = self.internvl.vision_tower, vision.settings(self.internvl)
+                tower, settings = self.internvl.vision_tower, partial(vision.settings, self.internvl)
                 features = self.features.get(unique, self.pixels, self._encode_each, tower, settings)
         else:
             features = self._encode(unique)

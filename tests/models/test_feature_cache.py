@@ -72,7 +72,7 @@ def test_files_of_the_same_weights_under_other_settings_are_not_its_own(tmp_path
     for settings, expected in (("layer -1", [["a"]]), ("layer -2", [["a"]]), ("layer -1", [])):
         encoder = Encoder()
         load = lambda names: [PICTURES[n] for n in names]  # noqa: E731
-        FeatureCache(folder=folder).get(["a"], load, encoder, encoder.tower, settings)
+        FeatureCache(folder=folder).get(["a"], load, encoder, encoder.tower, lambda: settings)  # noqa: B023
         assert encoder.asked == expected
 
 
