@@ -58,3 +58,11 @@ class Engine(Protocol):
     def close(self) -> None:
         """Give back what the engine holds; it is not used again."""
         ...
+
+
+def check_seeds(seeds: list[int] | None, prompts: list[Prompt], temperature: float) -> None:
+    """raises  ValueError where something is to be sampled without a seed for each prompt"""
+    if temperature != 0 and (seeds is None or len(seeds) != len(prompts)):
+        raise ValueError(
+            f"sampling at temperature {temperature} needs {len(prompts)} seeds, got {seeds and len(seeds)}"
+        )

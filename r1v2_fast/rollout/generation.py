@@ -14,7 +14,7 @@ import torch
 
 from r1v2_fast.models.policy import Policy
 from r1v2_fast.rollout.decode import Decoder
-from r1v2_fast.rollout.engine import Prompt, Response
+from r1v2_fast.rollout.engine import Prompt, Response, check_seeds
 from r1v2_fast.rollout.prefill import Prefilled, prefill, prefill_nothing
 from r1v2_fast.rollout.sampling import pick, uniforms
 from r1v2_fast.rollout.slots import SlotCache, window_of
@@ -67,10 +67,7 @@ class LocalEngine:
         temperature: float,
         seeds: list[int] | None = None,
     ) -> list[Response]:
-        if temperature != 0 and (seeds is None or len(seeds) != len(prompts)):
-            raise ValueError(
-                f"sampling at temperature {temperature} needs {len(prompts)} seeds, got {seeds and len(seeds)}"
-            )
+        check_seeds(seeds, prompts, temperature)
         noise = uniforms(seeds, group_size, max_new_tokens) if temperature and seeds else None
         with self.policy.precision():
             run = _Run(self, prompts, group_size, max_new_tokens, temperature, noise)

@@ -27,9 +27,8 @@ class SlotCache:
         device = like[0][0].device
         self.rows = torch.arange(slots, device=device)
         self.places = torch.arange(columns, device=device)
-        self.lengths = torch.zeros(
-            slots, dtype=torch.int64, device=device
-        )  # [S], tokens a slot holds: the next one's column
+        # [S], tokens a slot holds: the next one's column
+        self.lengths = torch.zeros(slots, dtype=torch.int64, device=device)
 
     def fill(self, slots: list[int], prefilled: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Put a prompt's keys and values, [1, K, P, D] a layer, into each of `slots`."""

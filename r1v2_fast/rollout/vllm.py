@@ -17,7 +17,7 @@ import torch
 from r1v2_fast.data.collate import Sequence, collate
 from r1v2_fast.models.policy import Policy
 from r1v2_fast.rollout.completion import HOTTEST, Ask, read, request
-from r1v2_fast.rollout.engine import Prompt, Response
+from r1v2_fast.rollout.engine import Prompt, Response, check_seeds
 from r1v2_fast.rollout.generation import end_ids
 from r1v2_fast.rollout.http import Client
 from r1v2_fast.rollout.weight_transfer import WeightTransfer
@@ -92,10 +92,7 @@ class VLLMEngine:
         temperature: float,
         seeds: list[int] | None = None,
     ) -> list[Response]:
-        if temperature != 0 and (seeds is None or len(seeds) != len(prompts)):
-            raise ValueError(
-                f"sampling at temperature {temperature} needs {len(prompts)} seeds, got {seeds and len(seeds)}"
-            )
+        check_seeds(seeds, prompts, temperature)
         if temperature > HOTTEST:
             raise ValueError(
                 f"a vLLM server keeps placeholder tokens out up to temperature {HOTTEST}, got {temperature}; "
