@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import InternVLConfig, InternVLForConditionalGeneration, PreTrainedTokenizerFast
-from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
 from r1v2_fast.models import presets
-from r1v2_fast.models.load import IMAGENET_MEAN, IMAGENET_STD, Loaded
-from r1v2_fast.models.toy_tokenizer import CHAT_TEMPLATE, IMAGE_TOKENS
+from r1v2_fast.models.load import Loaded, with_processor
+from r1v2_fast.models.toy_tokenizer import IMAGE_TOKENS, in_chatml
 
 
 def build(
@@ -39,13 +38,7 @@ def build(
     model = on_meta(config, dtype)
     model.to_empty(device=device)
     fill(model, seed=seed)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    side = config.vision_config.image_size[0]
-    processor = GotOcr2ImageProcessorPil(
-        size={"height": side, "width": side}, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD, crop_to_patches=True
-    )
-    return Loaded(model.eval(), tokenizer, processor)
+    return with_processor(model, tokenizer, crop_to_patches=True)
 
 
 def on_meta(config: InternVLConfig, dtype: torch.dtype) -> InternVLForConditionalGeneration:
@@ -115,16 +108,7 @@ def byte_tokenizer(config: InternVLConfig) -> PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens([AddedToken(token, normalized=False) for token in special.values()])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token="<|endoftext|>",
-        eos_token="<|im_end|>",
-        additional_special_tokens=["<|im_start|>"],
-        extra_special_tokens=IMAGE_TOKENS,
-        chat_template=CHAT_TEMPLATE,
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-    )
+    return in_chatml(core, pad_token="<|endoftext|>")
 
 
 def _words() -> Iterator[str]:

@@ -50,11 +50,19 @@ def from_preset(name: str, *, words: list[str], seed: int, dtype: torch.dtype = 
         model = InternVLForConditionalGeneration(config)
         for parameter in model.parameters():  # not the buffers: a loaded folder keeps rotary frequencies in fp32 too
             parameter.data = parameter.data.to(dtype)
+    return with_processor(model, tokenizer, crop_to_patches=False)
+
+
+def with_processor(model: InternVLForConditionalGeneration, tokenizer: Any, *, crop_to_patches: bool) -> Loaded:
+    """A model made here with its tokenizer's end and padding, and InternVL's image processor for its tower."""
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    side = config.vision_config.image_size[0]
+    side = model.config.vision_config.image_size[0]
     processor = GotOcr2ImageProcessorPil(
-        size={"height": side, "width": side}, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD, crop_to_patches=False
+        size={"height": side, "width": side},
+        image_mean=IMAGENET_MEAN,
+        image_std=IMAGENET_STD,
+        crop_to_patches=crop_to_patches,
     )
     return Loaded(model.eval(), tokenizer, processor)
 

@@ -25,10 +25,14 @@ def build(words: list[str]) -> PreTrainedTokenizerFast:
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"<[^<>]+>|[A-Za-z]+|\d|\s|."), "isolated")
     core.decoder = decoders.Fuse()
+    return in_chatml(core, pad_token="<pad>", unk_token="<unk>")
+
+
+def in_chatml(core: Tokenizer, **special: str) -> PreTrainedTokenizerFast:
+    """`core`, which has ChatML's and the image tokens, as transformers' tokenizer; `special` names further ones."""
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
-        pad_token="<pad>",
-        unk_token="<unk>",
+        **special,
         eos_token="<|im_end|>",
         additional_special_tokens=["<|im_start|>"],
         extra_special_tokens=IMAGE_TOKENS,
