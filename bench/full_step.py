@@ -26,8 +26,8 @@ from rich.console import Console
 from bench import ceilings, record
 from r1v2_fast import config
 from r1v2_fast.log import Log
-from r1v2_fast.models import freeze
-from r1v2_fast.models.packing import packed_tokens
+from r1v2_fast.models.packing import packed_tokens, prompt_key
+from r1v2_fast.plan import flops, shapes
 from r1v2_fast.train.context import Context
 from r1v2_fast.train.loop import _learn
 from r1v2_fast.train.optimizer import Optimizer
@@ -75,7 +75,7 @@ def measure(recipe: config.Recipe, folder: Path) -> Iterator[dict[str, Any]]:
             _learn(stage, samples, optimizer, WARM_UP, metrics)
             seconds["step"] = _now(context.device) - start
         sequences = [s for sample in samples for s in sample.sequences]
-        flops = training_flops(context, sequences)
+        count = training_flops(context, sequences)
         learn = seconds["forward"] + seconds["backward"]
         yield {
             "case": "full_step", "recipe": recipe.run.name, "stage": name,
@@ -85,7 +85,7 @@ def measure(recipe: config.Recipe, folder: Path) -> Iterator[dict[str, Any]]:
             "replayed": sum(getattr(sample, "replayed", False) for sample in samples),
             "grad_norm": float(metrics["grad_norm"]), "seconds": dict(seconds),
             "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
-            "flops": flops, "matmul_ceiling": ceiling, "mfu": flops / learn / ceiling,
+            "flops": count, "matmul_ceiling": ceiling, "mfu": count / learn / ceiling,
             **record.environment(context.device),
         }  # fmt: skip
         stage.model.settle()
@@ -94,23 +94,13 @@ def measure(recipe: config.Recipe, folder: Path) -> Iterator[dict[str, Any]]:
 
 def training_flops(context: Context, sequences: list) -> float:
     """Of the forward and the backward of the language model and its head over packed rows, attention included."""
-    root, text = context.policy.root, context.policy.internvl.language_model.config
-    layers = sum(
-        p.numel() for n, p in root.named_parameters()
-        if freeze.part_of(n) == "llm" and "layers." in n and p.dim() == 2
-    )  # fmt: skip
-    rows = packed_tokens(sequences)
-    responses = sum(len(s.response_ids) for s in sequences)
-    head = 4 * responses * context.policy.head.weight.numel()  # frozen: logits and the hidden gradient
-    seen = 0.0
-    prompts: dict[tuple, float] = {}
-    for s in sequences:
-        p, r = len(s.prompt_ids), len(s.response_ids)
-        prompts[tuple(s.prompt_ids), tuple(s.image_keys)] = p * p / 2
-        seen += r * p + r * r / 2
-    size = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-    attention = text.num_hidden_layers * 4 * size * (seen + sum(prompts.values()))
-    return 4.0 * rows * layers + head + 3 * attention  # the backward of attention has twice its forward's products
+    shape = shapes.of(context.policy.internvl.config)
+    prompts = {prompt_key(s): len(s.prompt_ids) ** 2 / 2 for s in sequences}
+    responses = [(len(s.prompt_ids), len(s.response_ids)) for s in sequences]
+    pairs = sum(prompts.values()) + sum(r * p + r * r / 2 for p, r in responses)
+    matrices, attention = flops.forward(shape, packed_tokens(sequences), pairs)
+    head = 4.0 * sum(r for _, r in responses) * shape.embedding  # frozen: logits and the hidden gradient
+    return 2 * matrices + head + 3 * attention  # the backward of attention has twice its forward's products
 
 
 @contextmanager

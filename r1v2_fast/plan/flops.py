@@ -11,6 +11,12 @@ from r1v2_fast.plan.shapes import Shapes
 from r1v2_fast.plan.work import Row
 
 
+def forward(shapes: Shapes, tokens: float, pairs: float) -> tuple[float, float]:
+    """(matrices, attention) of the layers' forward: 2 n a token, and two products, 4 Hq D, a query-key pair."""
+    matrices = 2.0 * shapes.layers * shapes.layer_matrices * tokens
+    return matrices, 4.0 * shapes.layers * shapes.heads * shapes.head_size * pairs
+
+
 def of_row(shapes: Shapes, row: Row, settings: Settings, tiles: int) -> dict[str, float]:
     """FLOPs of one row's training: forward and backward of the layers' matrices, of attention, of the adapter, the head's.
 
@@ -18,8 +24,7 @@ def of_row(shapes: Shapes, row: Row, settings: Settings, tiles: int) -> dict[str
     forward (two products), 2.5 times that backward (five, one of them a recompute). The adapter, its norm training too:
     2 n forward and 4 n backward. Log-prob op: 4 N H V behind a frozen head, 6 N H V where it trains.
     """
-    matrices = 2.0 * shapes.layers * shapes.layer_matrices * row.tokens
-    attention = 4.0 * shapes.layers * shapes.heads * shapes.head_size * row.pairs(settings.attention)
+    matrices, attention = forward(shapes, row.tokens, row.pairs(settings.attention))
     adapter = 2.0 * adapter_matrices(shapes) * row.groups * tiles * shapes.image_tokens
     return {
         "matrices forward": matrices,

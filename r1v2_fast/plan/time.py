@@ -106,8 +106,7 @@ def encodes(shapes: Shapes, work: Work, settings: Settings) -> int:
 
 def _forward(shapes: Shapes, tokens: float, pairs: float, machine: Machine) -> tuple[float, float]:
     """FLOPs and seconds of the layers' forward."""
-    matrices = 2.0 * shapes.layers * shapes.layer_matrices * tokens
-    attention = 4.0 * shapes.layers * shapes.heads * shapes.head_size * pairs
+    matrices, attention = flops.forward(shapes, tokens, pairs)
     e = machine.efficiency
     return matrices + attention, machine.compute(matrices, e.matmul.value) + machine.compute(
         attention, e.attention.value
