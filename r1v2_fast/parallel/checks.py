@@ -15,9 +15,8 @@ def check(recipe: Recipe, world: World) -> None:
             "rollout.weight_transfer sends from one process; on several ranks rollout.engine=local works, or vllm for "
             "stages that train the adapter or the tower alone"
         )
-    tower = any(
-        "vision" in {*section.train, *section.lora} for section in map(recipe.__getattribute__, recipe.run.stages)
-    )
+    sections = (getattr(recipe, name) for name in recipe.run.stages)
+    tower = any("vision" in {*section.train, *section.lora} for section in sections)
     if tower and recipe.run.shard == "full":
         raise RuntimeError(
             "ranks ask a vLLM server at their own pace, a sharded tower that trains needs them in step; "
