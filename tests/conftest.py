@@ -1,4 +1,4 @@
-"""Compiles our C++ and, emulated, our CUDA sources into programs and libraries of their own."""
+"""What tests of several files need: our C++ and, emulated, CUDA sources compiled, and a shipped recipe made small."""
 
 import shutil
 import subprocess
@@ -12,6 +12,17 @@ FOLDERS = (ROOT / "tests" / "native_checks", ROOT / "csrc")
 COMMON = ["-std=c++17", "-fPIC", "-Wall", "-ffp-contract=off", "-fno-trapping-math", "-fno-strict-aliasing", "-pthread"]
 SANITIZED = ["-O1", "-g", "-fno-sanitize-recover=undefined", "-DR1V2_FAST_NO_CLONES"]  # ifuncs run before sanitizers do
 EMULATED = ["-DR1V2_FAST_EMULATED", "-include", "emulated_cuda.h"]
+
+
+@pytest.fixture
+def small_architecture():
+    """An override that leaves a layer of each tower to a recipe with dummy weights."""
+    return (
+        "model.architecture={image_token_id: 510, image_seq_length: 4, text_config: {num_hidden_layers: 1, hidden_size: 64, "
+        "intermediate_size: 96, num_attention_heads: 4, num_key_value_heads: 2, vocab_size: 512, eos_token_id: 400}, "
+        "vision_config: {num_hidden_layers: 1, hidden_size: 32, intermediate_size: 64, num_attention_heads: 2, "
+        "image_size: [56, 56]}}"
+    )
 
 
 @pytest.fixture(scope="session")

@@ -9,12 +9,6 @@ from r1v2_fast.log import read
 from r1v2_fast.models import dummy, presets
 
 RECIPES = ("internvl3-1b", "r1v2-38b-one-gpu", "r1v2-38b-8gpu")
-SMALL = (
-    "model.architecture={image_token_id: 510, image_seq_length: 4, text_config: {num_hidden_layers: 1, hidden_size: 64, "
-    "intermediate_size: 96, num_attention_heads: 4, num_key_value_heads: 2, vocab_size: 512, eos_token_id: 400}, "
-    "vision_config: {num_hidden_layers: 1, hidden_size: 32, intermediate_size: 64, num_attention_heads: 2, "
-    "image_size: [56, 56]}}"
-)
 SHORT = [
     "model.dtype=float32", "data.sizes={policy: 8, heldout: 2}", "data.max_tiles=2", "run.device=cpu",
     "evaluation.max_new_tokens=3",
@@ -25,10 +19,20 @@ SHORT = [
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_shipped_recipe_trains_both_stages_with_made_up_weights(recipe, tmp_path, capsys):
+def test_a_shipped_recipe_trains_both_stages_with_made_up_weights(small_architecture, recipe, tmp_path, capsys):
     folder = tmp_path / "run"
     assert (
-        main(["train", recipe, "--dummy-weights", SMALL, *SHORT, f"run.folder={folder}", f"data.folder={tmp_path}"])
+        main(
+            [
+                "train",
+                recipe,
+                "--dummy-weights",
+                small_architecture,
+                *SHORT,
+                f"run.folder={folder}",
+                f"data.folder={tmp_path}",
+            ]
+        )
         == 0
     )
     said = " ".join(capsys.readouterr().out.split())
@@ -56,8 +60,8 @@ def test_an_architecture_stands_on_the_meta_device_in_full(name, billions):
     assert round(sum(p.numel() for p in model.parameters()) / 1e9, 2) == pytest.approx(billions, rel=0.02)
 
 
-def test_random_weights_keep_logits_sane_and_follow_the_seed():
-    changes = config.load("internvl3-1b", [SMALL, "model.dummy_weights=true"]).model.architecture
+def test_random_weights_keep_logits_sane_and_follow_the_seed(small_architecture):
+    changes = config.load("internvl3-1b", [small_architecture, "model.dummy_weights=true"]).model.architecture
     build = {"seed": 0, "dtype": torch.float32, "device": "cpu"}
     loaded = dummy.build("internvl3-1b", changes, **build)
     ids = torch.randint(256, (2, 30), generator=torch.Generator().manual_seed(0))

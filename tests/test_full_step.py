@@ -5,18 +5,13 @@ import pytest
 from bench import full_step
 from r1v2_fast import config
 
-SMALL = (
-    "model.architecture={image_token_id: 510, image_seq_length: 4, text_config: {num_hidden_layers: 1, hidden_size: 64, "
-    "intermediate_size: 96, num_attention_heads: 4, num_key_value_heads: 2, vocab_size: 512, eos_token_id: 400}, "
-    "vision_config: {num_hidden_layers: 1, hidden_size: 32, intermediate_size: 64, num_attention_heads: 2, "
-    "image_size: [56, 56]}}"
-)
 
-
-def test_a_line_a_stage_with_seconds_by_part_and_what_was_computed(tmp_path):
+def test_a_line_a_stage_with_seconds_by_part_and_what_was_computed(small_architecture, tmp_path):
     overrides = [f"{s}.sampling={{prompts: 2, group_size: 4, max_new_tokens: 8}}" for s in ("mpo", "grpo")]
     more = ["model.dummy_weights=true", "model.dtype=float32", "data.sizes={policy: 8, heldout: 2}", "data.max_tiles=2"]
-    recipe = config.load("internvl3-1b", [SMALL, *overrides, *more, f"run.folder={tmp_path}", "run.device=cpu"])
+    recipe = config.load(
+        "internvl3-1b", [small_architecture, *overrides, *more, f"run.folder={tmp_path}", "run.device=cpu"]
+    )
     lines = list(full_step.measure(recipe, tmp_path))
     assert [line["stage"] for line in lines] == ["mpo", "grpo"]
     for line in lines:
@@ -26,7 +21,7 @@ def test_a_line_a_stage_with_seconds_by_part_and_what_was_computed(tmp_path):
     assert lines[1]["packed_tokens"] > lines[1]["response_tokens"] > 0
 
 
-def test_the_flops_of_a_step_are_those_that_pytorch_counts_without_attention(tmp_path):
+def test_the_flops_of_a_step_are_those_that_pytorch_counts_without_attention(small_architecture, tmp_path):
     """2 a weight and token forward, 2 backward through frozen weights; the head is inside an op that the counter cannot see."""
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -42,7 +37,9 @@ def test_the_flops_of_a_step_are_those_that_pytorch_counts_without_attention(tmp
         "data.make=digits",
         f"run.folder={tmp_path}",
     ]
-    recipe = config.load("internvl3-1b", [SMALL, *more, "data.sizes={align: 1, policy: 1, reward: 1, heldout: 1}"])
+    recipe = config.load(
+        "internvl3-1b", [small_architecture, *more, "data.sizes={align: 1, policy: 1, reward: 1, heldout: 1}"]
+    )
     context = Context(recipe, tmp_path, Log(tmp_path))
     context.use(context.initial())
     context.policy.train_parts(["adapter"])
